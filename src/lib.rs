@@ -35,7 +35,7 @@ pub mod prelude {
     };
 }
 
-#[cfg(any(feature = "ipc", feature = "nixl"))]
+#[cfg(any(feature = "ipc", feature = "nixl", feature = "nccl", feature = "hccl"))]
 mod lending;
 
 /// For authors of backends, of encodings, of layers and of kinds of memory.
@@ -90,10 +90,10 @@ pub use candle_weights as candle;
 /// CUDA memory and the kernels that fill and read buckets.
 #[cfg(feature = "cuda")]
 pub use device_cuda as cuda;
-#[cfg(any(feature = "ipc", feature = "nixl"))]
+#[cfg(any(feature = "ipc", feature = "nixl", feature = "nccl", feature = "hccl"))]
 pub use lending::{lend, lend_tensors};
 /// Updates that trainers write straight into tensors that rollouts lend.
-#[cfg(any(feature = "ipc", feature = "nixl"))]
+#[cfg(any(feature = "ipc", feature = "nixl", feature = "nccl", feature = "hccl"))]
 pub use placed;
 /// FP8 block quantisation: rules, codecs, and the combinator on streams.
 #[cfg(feature = "fp8")]

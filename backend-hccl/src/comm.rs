@@ -6,6 +6,7 @@
 //! written to again.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
@@ -289,18 +290,6 @@ impl HcclCommunicator {
         Ok(self.memory_of_slots() + at)
     }
 
-    /// As [`broadcast`](Communicator::broadcast) of the first slot, from any member of the first group.
-    #[cfg(test)]
-    pub(crate) fn broadcast_of(&mut self, root: u32, len: usize) -> Result<(), HcclError> {
-        let group = self.groups.first_mut().and_then(Option::as_mut);
-        let group = group.ok_or(HcclError::NotJoined(0))?;
-        let event = self.device.event()?;
-        group.comm.broadcast_from(root, self.memory.own()?, 0, len, &group.stream)?;
-        event.record(&group.stream)?;
-        group.events.push_back(event);
-        Ok(())
-    }
-
     /// Where bytes of a slot are, for code that should not know.
     #[cfg(feature = "mutations")]
     pub(crate) fn escape(
@@ -564,12 +553,17 @@ pub(crate) fn is_simulated(api: &'static Api) -> bool {
 
 impl Communicator for HcclCommunicator {
     fn new_group(&mut self) -> engine_core::Result<Bytes> {
+        self.new_groups(1)?.pop().ok_or_else(|| HcclError::NotJoined(0).into())
+    }
+
+    fn new_groups(&mut self, count: usize) -> engine_core::Result<Vec<Bytes>> {
         if self.announced {
             std::thread::sleep(PATIENCE.min(self.deadline / 4));
         }
-        let info = self.device.root_info();
-        self.announced = info.is_ok();
-        Ok(info.map_err(|error| engine_core::Error::from(error).rank(self.rank))?.into())
+        let infos = (0..count).map(|_| self.device.root_info().map(Bytes::from));
+        let infos = infos.collect::<Result<Vec<Bytes>, HcclError>>();
+        self.announced = infos.is_ok();
+        infos.map_err(|error| engine_core::Error::from(error).rank(self.rank))
     }
 
     fn join(
@@ -596,13 +590,27 @@ impl Communicator for HcclCommunicator {
         group: usize,
         slot: u32,
         len: u64,
+        wait: &Wait<'_>,
+    ) -> engine_core::Result<()> {
+        self.broadcast_from(group, 0, slot, 0..len, wait)
+    }
+
+    fn broadcast_from(
+        &mut self,
+        group: usize,
+        place: u32,
+        slot: u32,
+        part: Range<u64>,
         _: &Wait<'_>,
     ) -> engine_core::Result<()> {
-        let (at, len) = self.range(slot, len)?;
+        let (at, end) = self.range(slot, part.end)?;
+        // `range` has checked that the part fits the addresses.
+        let start = part.start as usize;
+        let (at, len) = (at + start, end.saturating_sub(start));
         let state = self.groups.get_mut(group).and_then(Option::as_mut);
         let state = state.ok_or(HcclError::NotJoined(group))?;
         let upload = self.uploads.iter().rev().find(|upload| upload.slot == slot);
-        let upload = upload.filter(|_| state.place == 0);
+        let upload = upload.filter(|_| state.place == place);
         let awaited = upload.filter(|_| !Mutation::DroppedSynchronise.is_on());
         if let Some(done) = awaited.and_then(|upload| upload.copying.done()) {
             state.stream.wait_for(done)?;
@@ -613,7 +621,7 @@ impl Communicator for HcclCommunicator {
             Some(_) if Mutation::HostPointer.is_on() => {
                 state.comm.broadcast_host(len, &state.stream)?;
             }
-            _ => state.comm.broadcast(self.memory.own()?, at, len, &state.stream)?,
+            _ => state.comm.broadcast_from(place, self.memory.own()?, at, len, &state.stream)?,
         }
         event.record(&state.stream)?;
         state.events.push_back(event);
@@ -665,6 +673,14 @@ impl Communicator for HcclCommunicator {
     fn detach(&mut self) {
         if let SlotMemory::Leaders(memory) = &mut self.memory {
             *memory = None;
+        }
+    }
+
+    fn leave_groups(&mut self, groups: &[usize]) {
+        for group in groups {
+            if let Some(left) = self.groups.get_mut(*group).and_then(Option::take) {
+                self.end(left);
+            }
         }
     }
 

@@ -9,8 +9,9 @@ use collective::{
 };
 use engine_core::memory::Pool;
 use engine_core::{
-    EngineContext, Error, ErrorKind, PreparedRollout, PreparedTrainer, Rank, Result,
+    EngineContext, Error, ErrorKind, Prepared, PreparedRollout, PreparedTrainer, Rank, Result,
 };
+use placed::{LentTensor, PlacedRollout, Wanted};
 use serde::{Deserialize, Serialize};
 
 use crate::comm::{HcclCommunicator, Plan};
@@ -33,6 +34,8 @@ pub struct HcclOptions {
     pub relays: bool,
     /// Whether to form the group anew for every update.
     pub rebuild_group: bool,
+    /// Whether trainers write into tensors that rollouts lend. The same on all trainers.
+    pub placed: bool,
     /// The folder of `libascendcl.so` and `libhccl.so`; searched for without it.
     pub library_dir: Option<PathBuf>,
 }
@@ -40,7 +43,7 @@ pub struct HcclOptions {
 impl Default for HcclOptions {
     fn default() -> Self {
         let CollectiveOptions { senders, relays, rebuild_group } = CollectiveOptions::default();
-        Self { senders, relays, rebuild_group, library_dir: None }
+        Self { senders, relays, rebuild_group, placed: false, library_dir: None }
     }
 }
 
@@ -52,12 +55,50 @@ pub(crate) struct HcclLibrary {
 
 pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTrainer> {
     let (library, options) = library(&context)?;
+    if library.options.placed {
+        return collective::prepare_placed_trainer(library, context).await;
+    }
     CollectiveEngine::prepare_trainer(library, context, options).await
 }
 
 pub(crate) async fn prepare_rollout(context: EngineContext) -> Result<PreparedRollout> {
     let (library, options) = library(&context)?;
+    if library.options.placed {
+        return Err(placed::says_nothing_of_what_it_wants());
+    }
     CollectiveEngine::prepare_rollout(library, context, options).await
+}
+
+/// Prepares a rollout that lends its tensors, which are in host memory: what trainers broadcast to its NPU is copied there. Each trainer that
+/// has a part of them forms a group of two with it.
+///
+/// Its trainers need the option `placed` of this transport, and an NPU other than this rank's.
+///
+/// # Errors
+///
+/// `Config` without a control plane, for a `device` that is no NPU, and for tensors that cannot be placed; `Weight`, which names the tensor, for
+/// a box outside of its tensor; `Resource` if there is no memory. Those of the library come when the rank joins.
+pub fn lend(
+    context: EngineContext,
+    wanted: impl IntoIterator<Item = Wanted>,
+) -> Result<Prepared<PlacedRollout>> {
+    let (library, _) = library(&context)?;
+    let (layout, tensors) = collective::host_tensors(wanted)?;
+    collective::prepare_placed_rollout(library, context, layout, tensors)
+}
+
+/// As [`lend`], of tensors that the rollout's program has made in host memory of any kind: updates are written to where they are.
+///
+/// # Errors
+///
+/// As [`lend`]. `Weight`, which names the tensor, for tensors that share memory; `Mismatch` for a tensor on a device.
+pub fn lend_tensors(
+    context: EngineContext,
+    tensors: impl IntoIterator<Item = LentTensor>,
+) -> Result<Prepared<PlacedRollout>> {
+    let (library, _) = library(&context)?;
+    let (layout, tensors) = collective::own_host_tensors(tensors)?;
+    collective::prepare_placed_rollout(library, context, layout, tensors)
 }
 
 /// The library and its options, as the configuration has them.

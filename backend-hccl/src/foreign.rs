@@ -58,11 +58,7 @@ async fn member_here() {
         for (ended, root) in [0, 1, 0, 1].into_iter().enumerate() {
             let given = if root == place { bytes_of(place) } else { vec![0xee; BYTES] };
             own.memory()?.write(0, &given)?;
-            // An engine's broadcast comes from the first member.
-            match root {
-                0 => own.broadcast(0, 0, BYTES as u64, wait)?,
-                _ => own.broadcast_of(root, BYTES)?,
-            }
+            own.broadcast_from(0, root, 0, 0..BYTES as u64, wait)?;
             while own.ended(0)? == ended as u64 {
                 wait.check("broadcasting")?;
                 std::thread::sleep(Duration::from_millis(1));

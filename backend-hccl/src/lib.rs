@@ -5,6 +5,9 @@
 //! engine makes all calls of ACL and HCCL, which bind devices to threads. Rollouts on the trainer's NPU read
 //! its slots there.
 //!
+//! With the option `placed`, any number of trainers broadcast the weights that they hold to the rollouts that [`lend`] tensors for them, in
+//! groups of two. The crate `collective` has the protocol.
+//!
 //! Neither ACL nor HCCL is linked. Their libraries are searched for when an engine is prepared: in the
 //! folder that [`HcclOptions::library_dir`] or `CKPT_ENGINE_HCCL_DIR` names; else where CANN is
 //! installed, and where `LD_LIBRARY_PATH` leads.
@@ -34,7 +37,8 @@ use engine_core::{
     Result, WorkerMetadata,
 };
 
-pub use engine::HcclOptions;
+pub use engine::{HcclOptions, lend, lend_tensors};
+pub use placed::LentTensor;
 
 /// The transport's name in configurations.
 const NAME: &str = "hccl";

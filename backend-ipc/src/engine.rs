@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use engine_core::memory::Pool;
 use engine_core::{
-    DeviceChoice, EngineContext, Error, ErrorKind, Prepared, PreparedRollout, PreparedTrainer,
-    Result, Role, RolloutEngine, TrainerEngine, WorkerMetadata,
+    CheckpointEngineConfig, DeviceChoice, EngineContext, Error, ErrorKind, Prepared,
+    PreparedRollout, PreparedTrainer, Result, Role, RolloutEngine, TrainerEngine, WorkerMetadata,
 };
 use placed::{Layout, Lender, LentTensor, PlacedRollout, Wanted};
 use protocol::{Receiver, Sender};
@@ -16,6 +16,9 @@ use crate::buckets::{Buckets, Incoming};
 use crate::lent::{LentMemory, Neighbours};
 #[cfg(feature = "cuda")]
 use crate::lent_cuda::LentCuda;
+
+/// The default size of the memory through which a rollout takes parcels.
+const DEFAULT_MEGABYTES: u64 = 16;
 
 /// The transport's options.
 #[derive(Debug, Default, serde::Deserialize)]
@@ -59,21 +62,29 @@ pub fn lend_tensors(
     context: EngineContext,
     tensors: impl IntoIterator<Item = LentTensor>,
 ) -> Result<Prepared<PlacedRollout>> {
-    let (layout, memory) = place_tensors(&context.config.device, tensors.into_iter().collect())?;
+    let staging = bucket_bytes(&context.config);
+    let tensors = tensors.into_iter().collect();
+    let (layout, memory) = place_tensors(&context.config.device, tensors, staging)?;
     placed::prepare_rollout(NAME, context, layout, ready(Ok(memory)))
+}
+
+/// The size of the memory through which parcels go.
+fn bucket_bytes(config: &CheckpointEngineConfig) -> u64 {
+    config.update_weights_bucket_megabytes.map_or(DEFAULT_MEGABYTES, u64::from) << 20
 }
 
 fn place_tensors(
     device: &DeviceChoice,
     tensors: Vec<LentTensor>,
+    staging: u64,
 ) -> Result<(Layout, Box<dyn Lender>)> {
     #[cfg(feature = "cuda")]
     if !device.is_cpu() {
-        let (layout, memory) = LentCuda::of_tensors(device, tensors)?;
+        let (layout, memory) = LentCuda::of_tensors(device, tensors, staging)?;
         return Ok((layout, Box::new(memory)));
     }
     let _ = device;
-    let (layout, memory) = LentMemory::of_tensors(tensors)?;
+    let (layout, memory) = LentMemory::of_tensors(tensors, staging)?;
     Ok((layout, Box::new(memory)))
 }
 
@@ -88,7 +99,9 @@ fn memory_to_lend(device: &DeviceChoice, bytes: u64) -> Result<Box<dyn Lender>> 
 
 pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTrainer> {
     if context.config.kwargs::<Kwargs>(NAME)?.placed {
-        let reach = Arc::new(Neighbours::new(&context.config.device)?);
+        let rank = context.require_control()?.rank();
+        let limit = context.deadline().mul_f64(0.75);
+        let reach = Arc::new(Neighbours::new(&context.config.device, rank, limit)?);
         return placed::prepare_trainer(NAME, context, reach);
     }
     let control = context.require_control()?;

@@ -31,15 +31,12 @@ pub(crate) enum SegmentError {
     NoMemoryToLend { needed: u64, available: String },
     #[error("{len} bytes at {at} lie outside of what is lent")]
     OutsideLent { at: u64, len: u64 },
-    #[error(
-        "its memory is not shared, so no other process can write to it: lend tensors in shared memory (of torch: \
-             `share_memory_()`), or receive into it through buckets"
-    )]
-    NotShared,
-    #[error(
-        "the file of its shared memory is not open here for writing ({path}), so no other process can open it either"
-    )]
-    NotOpen { path: String },
+    #[error("the rollout has refused a parcel, whose bytes are not for it")]
+    Refused,
+    #[error("the rollout has not emptied a parcel for {:.1} s", .0.as_secs_f64())]
+    NotEmptied(std::time::Duration),
+    #[error("no thread to scatter parcels: {0}")]
+    NoThread(String),
     #[error("{len} bytes at {at} are in no tensor that is lent")]
     NotLent { at: u64, len: u64 },
     #[error("the tensors are lent: trainers may write to them")]
@@ -57,7 +54,9 @@ pub(crate) enum SegmentError {
 impl From<SegmentError> for engine_core::Error {
     fn from(error: SegmentError) -> Self {
         let kind = match &error {
+            SegmentError::NotEmptied(_) => ErrorKind::Timeout,
             SegmentError::Full { .. }
+            | SegmentError::NoThread(_)
             | SegmentError::NoMemory { .. }
             | SegmentError::NoMemoryToLend { .. } => ErrorKind::Resource,
             SegmentError::System { .. } | SegmentError::Open { .. } => ErrorKind::Io,
@@ -66,9 +65,9 @@ impl From<SegmentError> for engine_core::Error {
             | SegmentError::Short { .. }
             | SegmentError::OutsideMemory { .. }
             | SegmentError::OutsideLent { .. }
+            | SegmentError::Refused
             | SegmentError::Damaged(_) => ErrorKind::Protocol,
             SegmentError::TooLarge(..) => ErrorKind::Config,
-            SegmentError::NotShared | SegmentError::NotOpen { .. } => ErrorKind::Weight,
             SegmentError::Lent | SegmentError::NotLent { .. } => ErrorKind::State,
         };
         Self::new(kind, "using shared memory", error.to_string()).with_source(error)

@@ -4,8 +4,11 @@
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
+use bytes::Bytes;
+use placed::HostTensors;
+use placed::parcels::Scatter;
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
@@ -94,6 +97,36 @@ impl Mapping {
         self.len
     }
 
+    /// A word of a writable mapping, which all processes access atomically.
+    ///
+    /// # Panics
+    ///
+    /// If it is not within the mapping or not at a multiple of its size, or the mapping is read-only.
+    pub(crate) fn word(&self, at: usize) -> &AtomicU32 {
+        self.check(at, size_of::<AtomicU32>());
+        assert!(self.writable && at.is_multiple_of(align_of::<AtomicU32>()), "no place of a word");
+        // SAFETY: `check` has made sure that the word is within the mapping.
+        let place = unsafe { self.start.as_ptr().add(at) };
+        // SAFETY: mapped for writing as long as `self` lives, and aligned because a mapping begins at a page. Nobody accesses a word in
+        // another way.
+        unsafe { AtomicU32::from_ptr(place.cast()) }
+    }
+
+    /// Bytes of a parcel that its trainer has handed over: it writes to them only after the word of their slot says that they are its own
+    /// again.
+    ///
+    /// # Panics
+    ///
+    /// If the range is not within the mapping.
+    pub(crate) fn full(&self, at: usize, len: usize) -> &[u8] {
+        self.check(at, len);
+        // SAFETY: `check` has made sure that the range is within the mapping.
+        let start = unsafe { self.start.as_ptr().add(at) };
+        // SAFETY: mapped as long as `self` lives, and the file does not become shorter. Nobody writes to the bytes meanwhile, as the caller's
+        // turn says. Any byte is a valid `u8`.
+        unsafe { std::slice::from_raw_parts(start, len) }
+    }
+
     /// Writes bytes to a writable mapping that others may write and read at the same time. Each aligned word is written
     /// atomically; the words have no order.
     ///
@@ -134,6 +167,12 @@ fn put_byte(mapping: &Mapping, at: usize, byte: u8) {
     // SAFETY: mapped for writing as long as `mapping` lives; `put`, which calls this, has checked that.
     let place = unsafe { AtomicU8::from_ptr(place) };
     place.store(byte, Ordering::Relaxed);
+}
+
+/// Tensors to which a rollout scatters what comes in parcels: bytes with their offsets in what it lends.
+pub(crate) fn scattered(tensors: Vec<(u64, Bytes)>) -> Arc<dyn Scatter> {
+    // SAFETY: they are lent. They are read only when the thread that scatters has ended, and there is one such thread.
+    Arc::new(unsafe { HostTensors::new(tensors) })
 }
 
 impl Drop for Mapping {

@@ -126,6 +126,15 @@ impl<M: Debug + Clone + Send + 'static> Drop for Leased<M> {
 }
 
 impl Terms {
+    /// Whether the lender still offers them.
+    ///
+    /// # Errors
+    ///
+    /// `Gone` if it has ended or has taken them back.
+    pub(crate) fn check(&self) -> Result<(), SegmentError> {
+        self.0.open().map(drop)
+    }
+
     /// Accepts the lease.
     ///
     /// # Errors

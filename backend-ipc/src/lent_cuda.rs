@@ -6,35 +6,42 @@
 //! the system releases its locks before the driver has destroyed its context, and until then a kernel of the process may
 //! run. So each trainer leaves a mark in the lease, and clears it when its kernels have ended. A mark that stays counts
 //! until its process is gone.
+//!
+//! Memory that the driver does not export comes in parcels, through shared memory of the host ([`staged`](crate::staged)).
 
 use std::any::Any;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use device_cuda::{CudaMemory, CudaSpace, Device, export, import};
+use device_cuda::{CudaMemory, CudaSlice, CudaSpace, Device, export, import};
 use engine_core::plan::ALIGNMENT;
-use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Weight};
+use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result, Storage, Weight};
 use placed::cuda::{CudaKernels, LentAllocation, bytes_of, lay_out_tensors};
-use placed::{Encoded, Encoder, Layout, Lender, LentBytes, LentTensor, Reached, Written};
+use placed::parcels::{Packing, Run, Scatter};
+use placed::{Encoded, Encoder, Layout, Lender, LentBytes, LentTensor, Reached, Wanted, Written};
 use protocol::encode;
 use quant_fp8::{Fp8Format, SourceType, StridedPart};
 use serde::{Deserialize, Serialize};
 
 use crate::error::SegmentError;
 use crate::lease::{Lease, Leased, Marked, Terms, sweep};
-use crate::lent::{Offer, lock};
+use crate::lent::{Offer, lock, words_of_staged};
+use crate::staged::{Lane, MOST, Staging, StagingOffer};
 
 const LENDING: &str = "lending tensors";
 
-const NOT_EXPORTED: &str = "the driver does not export its memory, as that of PyTorch's expandable segments, of its asynchronous allocator and of vLLM's sleep \
-     mode: allocate it without them, or receive into it through buckets";
+const NOT_EXPORTED: &str = "the driver does not export theirs, as that of PyTorch's expandable segments, of its asynchronous allocator and \
+     of vLLM's sleep mode";
 
 /// What a trainer needs to write to a rollout's memory in one update.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct CudaOffer {
     /// In ascending order of what is lent.
     allocations: Vec<OfferedAllocation>,
+    /// For what is in none of them.
+    staging: Option<StagingOffer>,
     /// The lease that other processes hold while they have the allocations open.
     open: Terms,
     lease: Terms,
@@ -54,7 +61,10 @@ pub(crate) struct OfferedAllocation {
 pub(crate) struct LentCuda {
     memory: Leased<Held>,
     allocations: Vec<OfferedAllocation>,
-    kernels: CudaKernels,
+    kernels: Arc<CudaKernels>,
+    staging: Option<Staging>,
+    /// What goes through staging memory, and why.
+    slower: Option<String>,
     lease: Option<Lease>,
 }
 
@@ -83,45 +93,80 @@ impl LentCuda {
             Error::new(ErrorKind::Backend, LENDING, message)
         })?;
         let offered = OfferedAllocation { at: 0, bytes: len as u64, handle };
-        Self::of(&device, vec![(offered, memory)], Vec::new())
+        Self::of(&device, vec![(Some(offered), memory, 0)], Vec::new())
     }
 
-    /// Lends tensors where they are: in allocations of the driver, of which each is opened as a whole. Returns their layout too.
+    /// Lends tensors where they are: in allocations of the driver, of which each is opened as a whole. What is in memory that the driver does
+    /// not export comes in parcels, for which there are about so many bytes. Returns their layout too.
     ///
     /// # Errors
     ///
-    /// `Weight`, which names the tensor, for memory that the driver does not export, and for tensors that share memory; `Mismatch` for a
-    /// tensor that is not on the device.
+    /// `Weight`, which names the tensor, for tensors that share memory; `Mismatch` for a tensor that is not on the device.
     pub(crate) fn of_tensors(
         device: &DeviceChoice,
         tensors: Vec<LentTensor>,
+        staging: u64,
     ) -> Result<(Layout, Self)> {
         sweep();
         let device = Device::of(device)?;
-        let (layout, allocations, held) = lay_out_tensors(&device, tensors, |memory| {
-            export(memory).map_err(|reason| {
-                let message = format!("{NOT_EXPORTED} ({reason})");
-                Error::new(ErrorKind::Weight, LENDING, message)
+        let parts: Vec<(Wanted, [Storage; 2])> = tensors
+            .iter()
+            .map(|tensor| {
+                let (wanted, elements, scales) = tensor.clone().into_parts();
+                (wanted, [elements, scales])
             })
+            .collect();
+        let mut reason = None;
+        let (layout, allocations, held) = lay_out_tensors(&device, tensors, |memory| {
+            Ok(export(memory).map_err(|error| reason = Some(error)).ok())
         })?;
+        let private: Vec<Range<u64>> = allocations
+            .iter()
+            .filter(|allocation| allocation.of_transport.is_none())
+            .map(|LentAllocation { memory, .. }| {
+                memory.address()..memory.address() + memory.len() as u64
+            })
+            .collect();
         let allocations = allocations.into_iter().map(|allocation| {
-            let LentAllocation { at, memory, of_transport: handle } = allocation;
-            (OfferedAllocation { at, bytes: memory.len() as u64, handle }, memory)
+            let LentAllocation { at, memory, of_transport } = allocation;
+            let bytes = memory.len() as u64;
+            let offered = of_transport.map(|handle| OfferedAllocation { at, bytes, handle });
+            (offered, memory, at)
         });
-        Ok((layout, Self::of(&device, allocations.collect(), held)?))
+        let mut this = Self::of(&device, allocations.collect(), held)?;
+        if let Some(reason) = reason {
+            let why = format!("{NOT_EXPORTED} ({reason})");
+            let is_private = |storage: &&Storage| {
+                let address = CudaSlice::of_storage(storage).map(|slice| slice.address());
+                address.is_some_and(|at| private.iter().any(|range| range.contains(&at)))
+            };
+            let staged = parts.iter().map(|(wanted, both)| {
+                (wanted, both.iter().filter(is_private).map(Storage::len).sum())
+            });
+            this.slower = words_of_staged(staged, &why);
+            let to = Parcels {
+                kernels: this.kernels.clone(),
+                room: CudaMemory::new(&device, MOST as usize)?,
+                held: this.memory.clone(),
+            };
+            this.staging = Some(Staging::new(Arc::new(to), staging));
+        }
+        Ok((layout, this))
     }
 
     fn of(
         device: &Device,
-        allocations: Vec<(OfferedAllocation, CudaMemory)>,
+        allocations: Vec<(Option<OfferedAllocation>, CudaMemory, u64)>,
         tensors: Vec<CudaMemory>,
     ) -> Result<Self> {
-        let slices = allocations.iter().map(|(offered, memory)| (offered.at, memory.all()));
+        let slices = allocations.iter().map(|(_, memory, at)| (*at, memory.all()));
         let held = Held { space: CudaSpace::new(device, slices)?, _tensors: tensors };
         Ok(Self {
             memory: Leased::new(held, Some(Lease::new()?)),
-            allocations: allocations.into_iter().map(|(offered, _)| offered).collect(),
-            kernels: CudaKernels::new(device)?,
+            allocations: allocations.into_iter().filter_map(|(offered, ..)| offered).collect(),
+            kernels: Arc::new(CudaKernels::new(device)?),
+            staging: None,
+            slower: None,
             lease: None,
         })
     }
@@ -139,23 +184,32 @@ impl Lender for LentCuda {
         self.memory.space.len().next_multiple_of(ALIGNMENT)
     }
 
-    fn lend(&mut self) -> Result<Bytes> {
+    fn lend(&mut self, to: &[Rank]) -> Result<Bytes> {
         self.require_own()?;
         let lease = Lease::new()?;
+        let terms = lease.terms();
+        self.lease = Some(lease);
+        let staging = self.staging.as_mut().map(|staging| staging.begin(to)).transpose()?;
         let offer = CudaOffer {
             allocations: self.allocations.clone(),
+            staging,
             open: self.memory.terms().ok_or(SegmentError::Lent)?,
-            lease: lease.terms(),
+            lease: terms,
         };
-        self.lease = Some(lease);
         encode(&Offer::Cuda(offer))
     }
 
     fn take_back(&mut self) -> Result<bool> {
-        if self.lease.as_ref().is_none_or(Lease::is_over_and_unmarked) {
+        if self.lease.as_ref().is_none_or(Lease::is_over_and_unmarked)
+            && self.staging.as_mut().is_none_or(Staging::end)
+        {
             self.lease = None;
         }
         Ok(self.lease.is_none())
+    }
+
+    fn slower(&self) -> Vec<String> {
+        self.slower.iter().cloned().collect()
     }
 
     fn bytes(&self, at: u64, len: u64) -> Result<LentBytes<'_>> {
@@ -170,6 +224,24 @@ impl Lender for LentCuda {
         step: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Option<Vec<u64>>> {
         self.kernels.sums(&self.memory.space, pieces, step).map(Some)
+    }
+}
+
+/// Where parcels are scattered to: they are copied to the device as a whole, and from there to their places by one launch.
+#[derive(Debug)]
+struct Parcels {
+    kernels: Arc<CudaKernels>,
+    room: CudaMemory,
+    held: Held,
+}
+
+impl Scatter for Parcels {
+    fn scatter(&self, runs: &[Run], parcel: &[u8]) -> Result<()> {
+        let bytes = runs.iter().map(|run| run.len).fold(0, u64::saturating_add);
+        let bytes = usize::try_from(bytes).map_or(parcel.len(), |bytes| bytes.min(parcel.len()));
+        let here = self.room.slice(0, bytes)?;
+        here.write(&parcel[..bytes])?;
+        self.kernels.scatter(runs, &here.storage(), &self.held.space)
     }
 }
 
@@ -195,6 +267,7 @@ impl Peers {
         rank: Rank,
         offer: CudaOffer,
         present: &mut Open,
+        lane: impl FnOnce(StagingOffer, Terms) -> Result<Option<Lane>, SegmentError>,
     ) -> Result<Arc<dyn Reached>> {
         let failed = |error: SegmentError| Error::from(error).rank(rank);
         // The lease comes first: while it is held, the memory is the rollout's.
@@ -227,7 +300,9 @@ impl Peers {
             }
         };
         present.insert(offer.open, (offer.allocations, memory.clone()));
-        Ok(Arc::new(BorrowedCuda { memory, _lease: lease }))
+        let lane = offer.staging.map(|staging| lane(staging, offer.lease));
+        let parcels = lane.transpose().map_err(failed)?.flatten().map(Packing::new);
+        Ok(Arc::new(BorrowedCuda { memory, parcels, _lease: lease }))
     }
 
     /// Keeps this memory open for the next update, and closes all other memory.
@@ -240,14 +315,22 @@ impl Peers {
 #[derive(Debug)]
 struct BorrowedCuda {
     memory: CudaSpace,
+    /// What takes everything that is not there.
+    parcels: Option<Packing<Lane>>,
     _lease: Marked,
 }
 
 impl Reached for BorrowedCuda {
     fn put(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        let to = self.memory.slice(at, bytes.len());
-        let to = to.map_err(|_| SegmentError::OutsideLent { at, len: bytes.len() as u64 })?;
-        Ok(to.write(bytes)?)
+        match (self.memory.slice(at, bytes.len()), &self.parcels) {
+            (Ok(to), _) => Ok(to.write(bytes)?),
+            (Err(_), Some(parcels)) => parcels.put(at, bytes),
+            (Err(_), None) => Err(SegmentError::OutsideLent { at, len: bytes.len() as u64 }.into()),
+        }
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.parcels.as_ref().map_or(Ok(()), Packing::flush)
     }
 }
 
@@ -261,8 +344,8 @@ impl Encoder for Peers {
         self.kernels.takes(weight, format)
     }
 
-    fn writes_to(&self, to: &dyn Reached) -> bool {
-        memory_of(to).is_some()
+    fn writes_to(&self, to: &dyn Reached, places: &[u64]) -> bool {
+        memory_of(to).is_some_and(|memory| places.iter().all(|at| memory.rest(*at) > 0))
     }
 
     fn maxima(&self, parts: &[(&Weight, SourceType, &StridedPart)]) -> Result<Vec<Vec<u32>>> {

@@ -27,6 +27,7 @@ mod lent_cuda;
 mod mapped;
 mod memfile;
 mod segment;
+mod staged;
 
 use engine_core::{
     Availability, Backend, Devices, EngineContext, Error, ErrorKind, Placement, PreparedRollout,

@@ -33,30 +33,25 @@ impl MappedFiles {
         Ok(Self(parse(&text)))
     }
 
-    fn find(&self, address: u64, len: u64) -> Result<&MappedFile, SegmentError> {
+    fn find(&self, address: u64, len: u64) -> Option<&MappedFile> {
         let after = self.0.partition_point(|mapped| mapped.addresses.start <= address);
         let mapped = after.checked_sub(1).and_then(|before| self.0.get(before));
         let end = address.checked_add(len);
-        mapped
-            .filter(|mapped| end.is_some_and(|end| end <= mapped.addresses.end))
-            .ok_or(SegmentError::NotShared)
+        mapped.filter(|mapped| end.is_some_and(|end| end <= mapped.addresses.end))
     }
 
-    /// The file that has the bytes at an address, and their offset in it.
-    ///
-    /// # Errors
-    ///
-    /// `NotShared` for memory of this process alone.
-    pub(crate) fn locate(&self, address: u64, len: u64) -> Result<(FileId, u64), SegmentError> {
+    /// The file that has the bytes at an address, and their offset in it; `None` for memory of this process alone.
+    pub(crate) fn locate(&self, address: u64, len: u64) -> Option<(FileId, u64)> {
         let mapped = self.find(address, len)?;
-        Ok((mapped.id, mapped.offset + (address - mapped.addresses.start)))
+        Some((mapped.id, mapped.offset + (address - mapped.addresses.start)))
     }
 
-    /// Opens the files with these numbers.
+    /// Opens those of the files with these numbers that have a path, or a descriptor in this process, by which they can be opened for writing.
+    /// Other processes cannot open the rest either.
     ///
     /// # Errors
     ///
-    /// `NotOpen` for a file that has neither a path nor a descriptor in this process by which it can be opened for writing.
+    /// Those of the system.
     pub(crate) fn open(
         &self,
         files: impl Iterator<Item = FileId>,
@@ -71,8 +66,9 @@ impl MappedFiles {
                 let path = open.get_or_insert_with(descriptors).get(&id)?;
                 open_if(path, id)
             });
-            let file = file.ok_or_else(|| SegmentError::NotOpen { path: path.into() })?;
-            opened.insert(id, MemFile::of(file.into())?);
+            if let Some(file) = file {
+                opened.insert(id, MemFile::of(file.into())?);
+            }
         }
         Ok(opened)
     }
@@ -161,17 +157,17 @@ nonsense
         assert_eq!(at(0x7f00_0000_1010, 16).unwrap(), ((tmpfs, 73879), 0x4010));
         // Also where two neighbours are of one file, but not where they are of two.
         assert_eq!(at(0x7f00_0000_2ff0, 0x20).unwrap(), ((tmpfs, 73879), 0x5ff0));
-        assert!(at(0x7f00_0000_3ff0, 0x20).is_err());
+        assert!(at(0x7f00_0000_3ff0, 0x20).is_none());
         assert_eq!(files.find(0x7f00_0000_4000, 1).unwrap().path, "/dev/shm/a name");
         for private in [0x0040_0000, 0x7f00_0000_0000, 0x7f00_0000_5000, 0x7fff_0000_0000, 0, !0] {
-            assert!(matches!(at(private, 8), Err(SegmentError::NotShared)), "{private:#x}");
+            assert!(at(private, 8).is_none(), "{private:#x}");
         }
     }
 
     #[test]
     fn this_process_finds_and_opens_the_file_of_memory_that_it_has_mapped() {
         let (file, mapping) =
-            crate::segment::allocate("ckpt-engine-test", 8192, || SegmentError::NotShared).unwrap();
+            crate::segment::allocate("ckpt-engine-test", 8192, || SegmentError::Lent).unwrap();
         mapping.put(5000, b"here");
         let files = MappedFiles::of_this_process().unwrap();
         let (id, offset) = files.locate(mapping.address() + 5000, 4).unwrap();
@@ -182,6 +178,6 @@ nonsense
         assert_eq!((&bytes, offset), (b"here", 5000));
         drop((file, opened));
         let own = Box::new([0_u8; 64]);
-        assert!(files.locate(own.as_ptr().addr() as u64, 64).is_err());
+        assert!(files.locate(own.as_ptr().addr() as u64, 64).is_none());
     }
 }

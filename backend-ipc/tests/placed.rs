@@ -2,15 +2,17 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(unsafe_code, reason = "shared memory of a program's own")]
 
+use std::cell::Cell;
+
+use ::placed::{PlacedRollout, Wanted};
 use backend_ipc::{BACKEND, LentTensor, lend, lend_tensors};
 use bytes::Bytes;
-use conformance::placed::{Lends, own_memory, processes};
+use conformance::placed::{self, Lends, own_memory, processes};
 use conformance::processes::{address, context, control, runtime};
 use control_plane::ControlPlane;
 use engine_core::{
     CheckpointEngineConfig, DType, EngineContext, ErrorKind, Prepared, Result, Storage, TensorMeta,
 };
-use placed::{PlacedRollout, Wanted};
 use rustix::fs::MemfdFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 
@@ -35,10 +37,22 @@ fn between_processes() -> Lends {
     lends(1, lend)
 }
 
+/// With rollouts whose tensors are in memory that no other process can open. Processes that are started know them by their size of buckets.
+fn staged_between_processes() -> Lends {
+    let mut lends = lends(1, lend_private);
+    lends.config.update_weights_bucket_megabytes = Some(1);
+    lends
+}
+
 /// What a child process does; nothing when this file's tests are run.
 #[test]
 fn a_process_of_a_group() {
-    processes::be_a_child(&between_processes());
+    processes::be_a_child(&lends(1, |context, wanted| {
+        match context.config.update_weights_bucket_megabytes {
+            None => lend(context, wanted),
+            Some(_) => lend_private(context, wanted),
+        }
+    }));
 }
 
 /// Shared memory as a library makes it, whose file can become shorter. It stays mapped to the end of the process.
@@ -56,15 +70,39 @@ fn shared(bytes: u64) -> Storage {
         .into()
 }
 
-/// Lends tensors that are in two files, neither in order nor one directly behind the other.
-fn lend_own(context: EngineContext, wanted: Vec<Wanted>) -> Result<Prepared<PlacedRollout>> {
-    let tensors = own_memory(wanted, |bytes| shared(bytes + 4096))?.into_iter().map(
-        |(wanted, [elements, scales])| {
-            // SAFETY: it is shared memory that only this tensor has.
-            unsafe { LentTensor::new(wanted, elements, Some(scales)) }
-        },
-    );
+/// Memory of this process alone, which lives to its end.
+fn private(bytes: u64) -> Storage {
+    Bytes::from_static(Box::leak(vec![0_u8; bytes as usize].into_boxed_slice())).into()
+}
+
+/// Lends tensors that are in two allocations, neither in order nor one directly behind the other.
+fn lend_in(
+    context: EngineContext,
+    wanted: Vec<Wanted>,
+    allocate: impl Fn(u64) -> Storage,
+) -> Result<Prepared<PlacedRollout>> {
+    let tensors = own_memory(wanted, allocate)?.into_iter().map(|(wanted, [elements, scales])| {
+        // SAFETY: it is memory that only this tensor has.
+        unsafe { LentTensor::new(wanted, elements, Some(scales)) }
+    });
     lend_tensors(context, tensors.collect::<Result<Vec<_>>>()?)
+}
+
+fn lend_own(context: EngineContext, wanted: Vec<Wanted>) -> Result<Prepared<PlacedRollout>> {
+    lend_in(context, wanted, |bytes| shared(bytes + 4096))
+}
+
+fn lend_private(context: EngineContext, wanted: Vec<Wanted>) -> Result<Prepared<PlacedRollout>> {
+    lend_in(context, wanted, private)
+}
+
+/// One of the two allocations is shared memory. So is one of the elements and the scales of each tensor.
+fn lend_mixed(context: EngineContext, wanted: Vec<Wanted>) -> Result<Prepared<PlacedRollout>> {
+    let is_shared = Cell::new(true);
+    lend_in(context, wanted, |bytes| match is_shared.replace(false) {
+        true => shared(bytes + 4096),
+        false => private(bytes),
+    })
 }
 
 macro_rules! cases {
@@ -97,19 +135,53 @@ macro_rules! within_a_process {
 
 within_a_process!(memory_of_the_transport, lend);
 within_a_process!(tensors_of_the_program, lend_own);
+within_a_process!(tensors_that_no_other_process_can_open, lend_private);
+within_a_process!(tensors_of_which_some_can_be_opened, lend_mixed);
 
-cases! {
-    between_processes(), conformance::placed::processes:
-    a_trainer_that_is_killed_while_it_writes_is_named_and_the_next_update_makes_tensors_whole
-    a_trainer_that_is_stopped_while_it_writes_keeps_updates_from_succeeding_until_it_has_let_go
-    a_rollout_that_is_killed_while_it_is_written_is_named_and_the_others_are_updated_without_it
-    a_leader_that_is_killed_while_tensors_are_written_is_an_error_on_the_rollout_which_has_no_version
-    a_rollout_that_joins_later_is_in_the_next_update_and_one_that_leaves_in_none
-    ranks_of_placed_updates_and_others_do_not_form_a_group
+macro_rules! between_processes {
+    ($name:ident, $lends:expr) => {
+        mod $name {
+            use super::*;
+
+            cases! {
+                $lends, conformance::placed::processes:
+                a_trainer_that_is_killed_while_it_writes_is_named_and_the_next_update_makes_tensors_whole
+                a_trainer_that_is_stopped_while_it_writes_keeps_updates_from_succeeding_until_it_has_let_go
+                a_rollout_that_is_killed_while_it_is_written_is_named_and_the_others_are_updated_without_it
+                a_leader_that_is_killed_while_tensors_are_written_is_an_error_on_the_rollout_which_has_no_version
+                a_rollout_that_joins_later_is_in_the_next_update_and_one_that_leaves_in_none
+            }
+        }
+    };
+}
+
+between_processes!(processes_of_a_host, between_processes());
+between_processes!(processes_with_private_tensors, staged_between_processes());
+
+#[test]
+fn ranks_of_placed_updates_and_others_do_not_form_a_group() {
+    processes::ranks_of_placed_updates_and_others_do_not_form_a_group(&between_processes());
 }
 
 #[test]
-fn tensors_that_no_other_process_can_write_to_or_that_share_memory_are_refused_by_name() {
+fn reports_say_which_tensors_go_through_staging_memory_and_why() {
+    let (leaders, own) = placed::what_made_an_update_slower(&lends(2, lend_private));
+    assert_eq!(leaders, [format!("rank 2: {}", own[0][0]), format!("rank 3: {}", own[1][0])]);
+    for own in own {
+        for words in
+            ["of 4 tensors (`norm` is the first) go through staging memory", "share_memory_"]
+        {
+            assert!(own[0].contains(words), "{own:?}");
+        }
+    }
+    for lend in [lend, lend_own] {
+        let (leaders, own) = placed::what_made_an_update_slower(&lends(2, lend));
+        assert_eq!(leaders.into_iter().chain(own.concat()).collect::<Vec<_>>(), [""; 0]);
+    }
+}
+
+#[test]
+fn tensors_that_share_memory_are_refused_by_name() {
     runtime().block_on(async {
         let plane = ControlPlane::lead(control(address())).await.unwrap();
         let lends = |tensors: [(&str, Storage); 2]| {
@@ -127,8 +199,10 @@ fn tensors_that_no_other_process_can_write_to_or_that_share_memory_are_refused_b
             assert!(error.to_string().contains(words), "{error}");
         };
         let whole = shared(8192);
-        refused([("first", whole.clone()), ("second", vec![0; 64].into())], "not shared");
         refused([("first", whole.slice(0..100)), ("second", whole.slice(99..200))], "overlaps");
+        let own = private(200);
+        refused([("first", own.slice(0..100)), ("second", own.slice(99..200))], "overlaps");
+        lends([("first", own.slice(0..100)), ("second", own.slice(100..200))]).unwrap();
         lends([("first", whole.slice(0..100)), ("second", whole.slice(100..200))]).unwrap();
         let wanted = Wanted::whole(TensorMeta::new("short", DType::F32, [4]));
         // SAFETY: it is refused.

@@ -67,5 +67,7 @@ impl Communicator for Alone {
         refusal()
     }
 
+    fn leave_groups(&mut self, _: &[usize]) {}
+
     fn leave(&mut self) {}
 }

@@ -184,7 +184,7 @@ impl Communicator for Nccl {
             group,
             wait,
             "connecting the members of a group of NCCL",
-            |comm, bytes, stream| comm.broadcast(bytes, stream),
+            |comm, bytes, stream| comm.broadcast(0, bytes, stream),
         )
     }
 
@@ -205,11 +205,22 @@ impl Communicator for Nccl {
         part: Range<u64>,
         wait: &Wait<'_>,
     ) -> Result<()> {
+        self.broadcast_from(group, 0, slot, part, wait)
+    }
+
+    fn broadcast_from(
+        &mut self,
+        group: usize,
+        place: u32,
+        slot: u32,
+        part: Range<u64>,
+        wait: &Wait<'_>,
+    ) -> Result<()> {
         let (memory, at) = self.slots.place(slot)?;
-        let place = at.saturating_add(part.start)..at.saturating_add(part.end);
-        let bytes = DeviceBytes::new(memory, place)?;
+        let part = at.saturating_add(part.start)..at.saturating_add(part.end);
+        let bytes = DeviceBytes::new(memory, part)?;
         self.enqueue(group, wait, "enqueueing a broadcast", |comm, stream| {
-            comm.broadcast(&bytes, stream)
+            comm.broadcast(place, &bytes, stream)
         })
     }
 
@@ -226,9 +237,22 @@ impl Communicator for Nccl {
         Ok(state.ended)
     }
 
+    fn leave_groups(&mut self, groups: &[usize]) {
+        let left = groups.iter().filter_map(|group| self.groups.remove(group)).collect();
+        self.end(left);
+    }
+
     fn leave(&mut self) {
+        let all = self.groups.drain().map(|(_, group)| group).collect();
+        self.end(all);
+    }
+}
+
+impl Nccl {
+    /// Ends groups, with what they have under way.
+    fn end(&self, groups: Vec<Group>) {
         let (mut comms, mut rests) = (Vec::new(), Vec::new());
-        for (_, group) in self.groups.drain() {
+        for group in groups {
             let Group { comm, registration, enqueueing, under_way, spare, stream, .. } = group;
             // While the library is at work with the communicator, nothing but aborting it is allowed.
             if under_way.is_empty() && enqueueing.is_none() {

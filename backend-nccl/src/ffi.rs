@@ -224,14 +224,20 @@ impl RawComm {
         }
     }
 
-    /// Enqueues a broadcast from member 0, in place on all of them.
-    pub(crate) fn broadcast(&self, bytes: &DeviceBytes, stream: &Stream) -> Result<(), NcclError> {
+    /// Enqueues a broadcast from a member, in place on all of them.
+    pub(crate) fn broadcast(
+        &self,
+        place: u32,
+        bytes: &DeviceBytes,
+        stream: &Stream,
+    ) -> Result<(), NcclError> {
         let comm = self.made("ncclBroadcast")?;
         let (address, len) = (bytes.address as *mut c_void, bytes.len);
         let stream = self.keep_both(bytes, stream);
+        let (broadcast, root) = (self.api.broadcast, place as c_int);
         // SAFETY: the bytes are device memory of that length, which is kept like the stream until the
         // communicator is aborted.
-        let status = unsafe { (self.api.broadcast)(address, address, len, UINT8, 0, comm, stream) };
+        let status = unsafe { broadcast(address, address, len, UINT8, root, comm, stream) };
         match status {
             SUCCESS | IN_PROGRESS => Ok(()),
             status => Err(self.failed("ncclBroadcast", status)),

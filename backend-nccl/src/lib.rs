@@ -6,6 +6,9 @@
 //! that thread for longer than a deadline: communicators are made without blocking, watched while
 //! anything is under way, and aborted if it takes too long.
 //!
+//! With the option `placed`, any number of trainers broadcast the weights that they hold to the rollouts that [`lend`] tensors for them, in
+//! groups of two. The crate `collective` has the protocol.
+//!
 //! NCCL is not linked. Its library is searched for when an engine is prepared: the file that
 //! [`NcclOptions::library`] or `CKPT_ENGINE_NCCL_LIB` names; else the folder `native` beside the
 //! program's own, installed Python wheels, and where packages put libraries. All ranks need the same
@@ -17,6 +20,7 @@ mod comm;
 mod error;
 mod ffi;
 mod library;
+mod placed;
 mod sys;
 
 use std::path::PathBuf;
@@ -29,6 +33,9 @@ use engine_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::library::NcclLibrary;
+
+pub use crate::placed::{lend, lend_tensors};
+pub use ::placed::LentTensor;
 
 /// The transport's name in configurations.
 const NAME: &str = "nccl";
@@ -50,6 +57,8 @@ pub struct NcclOptions {
     pub relays: bool,
     /// Whether to make communicators anew for every update.
     pub rebuild_group: bool,
+    /// Whether trainers write into tensors that rollouts lend. The same on all trainers.
+    pub placed: bool,
     /// The file `libnccl.so.2`; searched for without it.
     pub library: Option<PathBuf>,
 }
@@ -57,15 +66,24 @@ pub struct NcclOptions {
 impl Default for NcclOptions {
     fn default() -> Self {
         let CollectiveOptions { senders, relays, rebuild_group } = CollectiveOptions::default();
-        Self { senders, relays, rebuild_group, library: None }
+        Self { senders, relays, rebuild_group, placed: false, library: None }
     }
 }
 
-/// The library and its options, as the configuration has them.
-fn library(context: &EngineContext) -> Result<(NcclLibrary, CollectiveOptions)> {
-    let options = context.config.kwargs::<NcclOptions>(NAME)?;
-    let NcclOptions { senders, relays, rebuild_group, library } = options;
-    Ok((NcclLibrary { library }, CollectiveOptions { senders, relays, rebuild_group }))
+/// What the configuration says.
+struct Configured {
+    library: NcclLibrary,
+    options: CollectiveOptions,
+    placed: bool,
+}
+
+impl Configured {
+    fn of(context: &EngineContext) -> Result<Self> {
+        let options = context.config.kwargs::<NcclOptions>(NAME)?;
+        let NcclOptions { senders, relays, rebuild_group, placed, library } = options;
+        let options = CollectiveOptions { senders, relays, rebuild_group };
+        Ok(Self { library: NcclLibrary { library }, options, placed })
+    }
 }
 
 /// NCCL as a library of collectives, for engines that send to inference servers. Its file is searched for unless it
@@ -125,12 +143,18 @@ impl Backend for NcclBackend {
     }
 
     async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
-        let (library, options) = library(&context)?;
+        let Configured { library, options, placed } = Configured::of(&context)?;
+        if placed {
+            return collective::prepare_placed_trainer(library, context).await;
+        }
         CollectiveEngine::prepare_trainer(library, context, options).await
     }
 
     async fn prepare_rollout(&self, context: EngineContext) -> Result<PreparedRollout> {
-        let (library, options) = library(&context)?;
+        let Configured { library, options, placed } = Configured::of(&context)?;
+        if placed {
+            return Err(::placed::says_nothing_of_what_it_wants());
+        }
         CollectiveEngine::prepare_rollout(library, context, options).await
     }
 

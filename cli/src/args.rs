@@ -267,7 +267,7 @@ impl EngineArgs {
 /// Trainers and rollouts that each have a part of the model.
 #[derive(Debug, Args)]
 pub(crate) struct PlacingArgs {
-    /// Have trainers write what each of them holds straight into tensors that rollouts lend; of the transports, ipc and nixl do that
+    /// Have trainers write what each of them holds straight into tensors that rollouts lend; the transports ipc, nixl, nccl and hccl do that
     #[arg(long, requires = "trainer_layout", requires = "rollout_layout")]
     placed: bool,
     /// How trainers hold the model, such as fsdp=2 or tp=2,pp=2: as with `plan --simulate`. It says how many there are

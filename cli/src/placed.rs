@@ -48,9 +48,11 @@ impl Placing {
     pub fn of_trainers(&self, config: &CheckpointEngineConfig) -> Result<CheckpointEngineConfig> {
         let refuse = |message: String| Error::new(ErrorKind::Config, "placing a model", message);
         let mut config = config.clone();
-        if !["ipc", "nixl"].contains(&&*config.backend) {
+        if !["ipc", "nixl", "nccl", "hccl"].contains(&&*config.backend) {
             let backend = &config.backend;
-            return Err(refuse(format!("{backend} has no placed updates, ipc and nixl have")));
+            return Err(refuse(format!(
+                "{backend} has no placed updates: ipc, nixl, nccl and hccl have"
+            )));
         }
         let mut fp8 = Fp8Config::of(&config)?;
         if fp8.quantization.quantize_on_receive {

@@ -56,6 +56,29 @@ fn sync_in_json_says_that_it_was_simulated_and_quantises_on_the_trainers_cpu() {
     }
 }
 
+#[test]
+fn trainers_write_what_rollouts_want_and_every_element_is_compared() {
+    let sync = ["sync", "--synthetic", "tiny-moe", "--updates", "3", "--verify", "--json"];
+    let placed = ["--placed", "--trainer-layout", "fsdp=2", "--rollout-layout", "tp=2"];
+    for more in [&[][..], &["--trainer-quantize-fp8", "--receiver", "any"]] {
+        let lines = json(&run(Profile::Current, &[&sync[..], &placed, more].concat()));
+        assert_eq!(lines.len(), 3);
+        for line in lines {
+            assert_eq!((&line["verified"], &line["simulated"]), (&true.into(), &true.into()));
+            assert_eq!(line["rollouts"].as_array().map(Vec::len), Some(2), "{line}");
+        }
+    }
+}
+
+#[test]
+fn a_benchmark_of_placed_updates_runs_on_simulated_npus() {
+    let bench = ["bench", "transfer", "--synthetic", "tiny-moe", "--repeats", "1", "--json"];
+    let placed = ["--placed", "--trainer-layout", "fsdp=2", "--rollout-layout", "tp=2"];
+    for line in json(&run(Profile::Current, &[&bench[..], &placed, &["--verify"]].concat())) {
+        assert_eq!(line["placed"], serde_json::json!(["fsdp=2,ranks=2", "tp=2,ranks=2"]), "{line}");
+    }
+}
+
 /// As large as it takes for no NPU to have room for a communicator.
 const NO_ROOM: [(&str, &str); 2] = [("HCCL_BUFFSIZE", "1000"), ("HCCL_SIM_DEVICE_MB", "1500")];
 

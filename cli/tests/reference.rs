@@ -64,7 +64,7 @@ fn the_configuration_page_is_made_from_the_types() {
     table::<VllmOptions>(&mut page, "`engine_kwargs.vllm`", &vllm);
     let sglang = defaults(serde_json::to_value(SglangOptions::default()));
     table::<SglangOptions>(&mut page, "`engine_kwargs.sglang`", &sglang);
-    page.push_str("\n`ipc` has `placed`, with the meaning that it has for `nixl`. `naive` has no options of its own.\n");
+    page.push_str("\n`ipc` has `placed`, with the meaning that it has for the others. `naive` has no options of its own.\n");
     is_up_to_date("configuration.md", &page);
 }
 

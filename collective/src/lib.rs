@@ -20,6 +20,8 @@
 //! - **Colocated rollouts.** A library may not allow two ranks of a group on one device. A rollout on the leader's device is then not a
 //!   member of a group: it reads the leader's slots in place, if the library can share memory between processes ([`Share`]). Everything
 //!   else is as with every rollout: the leader fills a slot again when all have released it.
+//! - **Placed updates.** A trainer and a rollout of [placed updates](::placed) are a group of two, in which the trainer broadcasts parcels
+//!   and the rollout answers.
 //! - **Deadlines.** The thread watches every broadcast that is under way. One that takes too long breaks its group.
 
 mod engine;
@@ -28,11 +30,15 @@ pub mod fuzzing;
 mod group;
 mod memory;
 mod parts;
+mod placed;
 mod thread;
 
 pub use engine::{CollectiveEngine, CollectiveOptions};
 pub use memory::MemorySlots;
 pub use parts::build_topology;
+pub use placed::{
+    Tensors, host_tensors, own_host_tensors, prepare_placed_rollout, prepare_placed_trainer,
+};
 pub use thread::{Thread, Wait};
 
 use std::fmt;
@@ -218,6 +224,15 @@ pub trait Communicator: fmt::Debug + 'static {
     /// Those of the library.
     fn new_group(&mut self) -> Result<Bytes>;
 
+    /// Makes the ids of several new groups, of which this rank will be a member.
+    ///
+    /// # Errors
+    ///
+    /// Those of the library.
+    fn new_groups(&mut self, count: usize) -> Result<Vec<Bytes>> {
+        (0..count).map(|_| self.new_group()).collect()
+    }
+
     /// Joins a group as member `place` of `size`. Member 0 is the sender. Returns when all have joined.
     ///
     /// # Errors
@@ -301,6 +316,26 @@ pub trait Communicator: fmt::Debug + 'static {
         Err(Error::new(ErrorKind::Backend, "broadcasting a part of a slot", message))
     }
 
+    /// Enqueues the broadcast of a part of a slot, in bytes, from the member at a place to all others. Both ends of groups of two need this.
+    ///
+    /// # Errors
+    ///
+    /// As [`broadcast`](Self::broadcast); `Backend` if only member 0 can send.
+    fn broadcast_from(
+        &mut self,
+        group: usize,
+        place: u32,
+        slot: u32,
+        part: Range<u64>,
+        wait: &Wait<'_>,
+    ) -> Result<()> {
+        if place == 0 {
+            return self.broadcast_part(group, slot, part, wait);
+        }
+        let message = "the library is used for broadcasts of member 0 alone";
+        Err(Error::new(ErrorKind::Backend, "broadcasting to a trainer", message))
+    }
+
     /// The number of the group's broadcasts, in their order, that have ended since it was joined.
     ///
     /// # Errors
@@ -332,6 +367,9 @@ pub trait Communicator: fmt::Debug + 'static {
 
     /// Unmaps the leader's slots, after their last view was dropped.
     fn detach(&mut self) {}
+
+    /// Leaves some groups, as [`leave`](Self::leave) does all. In those that stay nothing is under way.
+    fn leave_groups(&mut self, groups: &[usize]);
 
     /// Leaves all groups. Broadcasts that are under way are aborted, and no longer use the slots when this returns.
     ///

@@ -564,6 +564,14 @@ impl Communicator for FakeCommunicator {
         }
     }
 
+    fn leave_groups(&mut self, groups: &[usize]) {
+        self.check_thread();
+        for group in groups.iter().filter_map(|group| self.groups.remove(group)) {
+            lock(&group.world).left += 1;
+            LEFT.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
     fn leave(&mut self) {
         self.check_thread();
         if self.strikes(Fault::NeverLetsGo) && !self.groups.is_empty() {

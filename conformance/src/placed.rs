@@ -12,8 +12,8 @@ use std::task::Poll;
 use control_plane::{ControlPlane, join_group};
 use engine_core::{
     Backend, CheckpointEngineConfig, DType, EngineContext, Error, ErrorKind, Prepared, Rank,
-    Result, Role, SendReport, Storage, TensorBox, TensorMeta, TrainerEngine, Version, Weight,
-    ensure_async_iterator,
+    ReceiveReport, Result, Role, SendReport, Storage, TensorBox, TensorMeta, TrainerEngine,
+    Version, Weight, ensure_async_iterator,
 };
 use futures::future::{join, join_all};
 use placed::{PlacedRollout, TensorState, Wanted};
@@ -189,6 +189,8 @@ struct Group<'a> {
     wants: Vec<Vec<Wanted>>,
     trainers: Vec<Box<dyn TrainerEngine>>,
     rollouts: Vec<PlacedRollout>,
+    /// The reports of the rollouts in the last update.
+    received: Vec<ReceiveReport>,
     _planes: Vec<ControlPlane>,
 }
 
@@ -214,7 +216,15 @@ impl<'a> Group<'a> {
             join_group(prepared, lends.backend, plane, Some(ranks), LIMIT).await.expect("a group").0
         });
         let (trainers, rollouts) = join(join_all(engines), join_all(tensors)).await;
-        Self { model, put: lends.put, wants: wants.to_vec(), trainers, rollouts, _planes: planes }
+        Self {
+            model,
+            put: lends.put,
+            wants: wants.to_vec(),
+            trainers,
+            rollouts,
+            received: Vec::new(),
+            _planes: planes,
+        }
     }
 
     /// Makes an update in which trainers hold these boxes. A trainer that gives up does so after a number of steps of its call.
@@ -240,7 +250,14 @@ impl<'a> Group<'a> {
         });
         let takes = self.rollouts.iter_mut().map(|rollout| limited(rollout.update(None), None));
         let (sent, taken) = join(join_all(sends), join_all(takes)).await;
-        let mut errors: Vec<Error> = taken.into_iter().filter_map(|taken| taken.err()).collect();
+        let mut errors: Vec<Error> = Vec::new();
+        self.received.clear();
+        for taken in taken {
+            match taken {
+                Ok(report) => self.received.push(report),
+                Err(error) => errors.push(error),
+            }
+        }
         let mut reports = Vec::new();
         for sent in sent {
             match sent {
@@ -355,6 +372,22 @@ pub fn every_box_is_bit_for_bit_that_of_the_unsharded_tensor(lends: &Lends) {
             }
         }
     });
+}
+
+/// Makes an update of two trainers and two rollouts, whose ranks are 2 and 3. Returns what the reports of the leader and of the rollouts say that
+/// made it slower than possible.
+///
+/// # Panics
+///
+/// If it fails.
+pub fn what_made_an_update_slower(lends: &Lends) -> (Vec<String>, Vec<Vec<String>>) {
+    runtime().block_on(async {
+        let (model, holds, wants) = sharded();
+        let mut group = Group::form(lends, &model, 2, &wants).await;
+        let report = group.update(1, &holds, None).await.expect("an update");
+        let received = group.received.drain(..).map(|report| report.slower);
+        (report.slower, received.collect())
+    })
 }
 
 /// A plan that does not fit is an error on every rank that names tensor and rank, and every rollout keeps its version.

@@ -248,6 +248,9 @@ pub struct ReceiveReport {
     /// The parts that this rank wants, by their names, which is what it got; `None` for all.
     #[serde(default)]
     pub wants: Option<Vec<String>>,
+    /// What of this rank made the update slower than possible, each with the reason, in words. Empty if nothing did.
+    #[serde(default)]
+    pub slower: Vec<String>,
 }
 
 impl ReceiveReport {
@@ -263,6 +266,7 @@ impl ReceiveReport {
             digest: None,
             parts: BTreeMap::new(),
             wants: None,
+            slower: Vec::new(),
         }
     }
 }

@@ -65,7 +65,7 @@ impl Lender for Nothing {
         self.0
     }
 
-    fn lend(&mut self) -> Result<Bytes> {
+    fn lend(&mut self, _: &[Rank]) -> Result<Bytes> {
         Ok(Bytes::new())
     }
 
@@ -109,7 +109,7 @@ impl Encoder for Writes {
         weight.storage().is_some_and(|storage| storage.device().is_some())
     }
 
-    fn writes_to(&self, _to: &dyn Reached) -> bool {
+    fn writes_to(&self, _to: &dyn Reached, _places: &[u64]) -> bool {
         true
     }
 

@@ -30,6 +30,8 @@ pub(crate) struct Committed {
     pub(crate) bytes: u64,
     /// Whether all ranks knew all declarations already.
     pub(crate) plan_reused: bool,
+    /// What made writing to rollouts slower than possible, with the rollout and the reason.
+    pub(crate) slower: Vec<String>,
 }
 
 /// What the leader waits for.
@@ -97,6 +99,7 @@ struct Running {
     verified: Vec<ReceiverReport>,
     source_bytes: u64,
     bytes: u64,
+    slower: Vec<String>,
     alive_at: Instant,
 }
 
@@ -177,6 +180,7 @@ impl Coordinator {
             verified: Vec::new(),
             source_bytes: 0,
             bytes: 0,
+            slower: Vec::new(),
             alive_at: now + self.deadline / 4,
         });
         if without_rollouts {
@@ -262,12 +266,14 @@ impl Coordinator {
                 running.differs = true;
                 running.touched |= wrote;
             }
-            ToLeader::Verified { digest, bytes, inspected, .. } => {
+            ToLeader::Verified { digest, bytes, inspected, slower, .. } => {
                 running.bytes = running.bytes.saturating_add(bytes);
                 let mut report = ReceiverReport::new(from, VersionState::Active);
                 report.seconds = (now - running.begun).as_secs_f64();
                 report.digest = Some(digest);
                 report.notes = serde_json::json!({ "bytes": bytes, "inspected": inspected });
+                let of_rank = slower.into_iter().map(|why| format!("rank {from}: {why}"));
+                running.slower.extend(of_rank);
                 running.verified.push(report);
             }
         }
@@ -338,12 +344,14 @@ impl Coordinator {
                     acts.push(Act::Send(*rank, ToMember::Commit { update }));
                 }
                 running.verified.sort_by_key(|receiver| receiver.rank);
+                running.slower.sort();
                 self.proven = running.set;
                 acts.push(Act::End(Ok(Committed {
                     receivers: std::mem::take(&mut running.verified),
                     source_bytes: running.source_bytes,
                     bytes: running.bytes,
                     plan_reused: running.plan_reused,
+                    slower: std::mem::take(&mut running.slower),
                 })));
                 self.running = None;
                 return acts;

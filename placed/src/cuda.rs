@@ -7,25 +7,26 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use device_cuda::{Check, CudaMemory, CudaSlice, CudaSpace, Device, Maxima, Placer, Write, places};
 use engine_core::plan::ALIGNMENT;
 use engine_core::{Error, ErrorKind, Result, Storage, Weight};
-use quant_fp8::{Fp8Format, SourceType, StridedPart};
+use quant_fp8::{Fp8Format, SourceType, StridedPart, Strides};
 
 use crate::memory::{Encoded, LentBytes, Written};
+use crate::parcels::{Run, SCATTERING, places as places_of};
 use crate::rollout::Layout;
 use crate::tensors::{LENDING, LentTensor};
 
-/// An allocation of a device in which tensors are that a rollout lends.
+/// Memory of a device in which tensors are that a rollout lends.
 #[derive(Debug)]
 pub struct LentAllocation<T> {
     /// The offset of its first byte in what is lent.
     pub at: u64,
-    /// All of it.
+    /// An allocation of the driver, if it is `of_transport`; otherwise the memory of a tensor.
     pub memory: CudaMemory,
-    /// What a transport needs of it.
-    pub of_transport: T,
+    /// What a transport needs to reach it; `None` if nobody else reaches it.
+    pub of_transport: Option<T>,
 }
 
-/// Finds the allocations in which tensors are, and the layout of what is lent: all of these, one behind the other. `open` is called once
-/// for each allocation.
+/// Finds the allocations in which tensors are, and the layout of what is lent: all of these, one behind the other. `open` is called for each
+/// allocation. Where it returns `None`, the memory of each tensor is by itself.
 ///
 /// # Errors
 ///
@@ -34,7 +35,7 @@ pub struct LentAllocation<T> {
 pub fn lay_out_tensors<T>(
     device: &Device,
     tensors: Vec<LentTensor>,
-    mut open: impl FnMut(&CudaMemory) -> Result<T>,
+    mut open: impl FnMut(&CudaMemory) -> Result<Option<T>>,
 ) -> Result<(Layout, Vec<LentAllocation<T>>, Vec<CudaMemory>)> {
     // By the address behind their ends.
     let mut known: BTreeMap<u64, LentAllocation<T>> = BTreeMap::new();
@@ -50,15 +51,25 @@ pub fn lay_out_tensors<T>(
                 format!("it is not on device {}, where this rollout's are", device.ordinal());
             Error::new(ErrorKind::Mismatch, LENDING, message)
         })?;
-        let address = slice.address();
-        let found = known.range(address + 1..).next().map(|(_, found)| found);
-        let found = found.filter(|found| found.memory.address() <= address);
+        let (address, until) = (slice.address(), slice.address() + slice.len() as u64);
+        let found = known.range(address + 1..).next();
         held.push(slice.memory().clone());
-        if let Some(found) = found {
-            return Ok(found.at + (address - found.memory.address()));
+        match found {
+            Some((end, found)) if found.memory.address() <= address && until <= *end => {
+                return Ok(found.at + (address - found.memory.address()));
+            }
+            Some((_, found)) if found.memory.address() < until => {
+                let message = "its memory overlaps that of another";
+                return Err(Error::new(ErrorKind::Weight, LENDING, message));
+            }
+            _ => {}
         }
-        let memory = slice.memory().allocation()?;
-        let of_transport = open(&memory)?;
+        let allocation = slice.memory().allocation()?;
+        let of_transport = open(&allocation)?;
+        let memory = match of_transport {
+            Some(_) => allocation,
+            None => slice.memory().clone(),
+        };
         let (at, bytes, from) = (end, memory.len() as u64, memory.address());
         end = (at + bytes).next_multiple_of(ALIGNMENT);
         known.insert(from + bytes, LentAllocation { at, memory, of_transport });
@@ -155,6 +166,45 @@ impl CudaKernels {
         let found = self.placer().write(&jobs, step)?;
         let failed = found.failed.map(|failed| (failed.job, failed.block));
         Ok(Written { sums: found.sums, failed })
+    }
+}
+
+impl CudaKernels {
+    /// Copies the bytes of a parcel, which is on the device, to their places in memory, by one launch. Returns when they are there.
+    ///
+    /// # Errors
+    ///
+    /// `Protocol` for runs that are longer than the parcel or not in the memory; those of [`Placer::write`].
+    pub fn scatter(&self, runs: &[Run], parcel: &Storage, to: &CudaSpace) -> Result<()> {
+        let mut parts: Vec<Arc<[StridedPart]>> = Vec::with_capacity(runs.len());
+        for place in places_of(runs, parcel.len()) {
+            let (mut from, Run { mut at, len }) = place?;
+            let mut left = len;
+            // Slices may be neighbours. A job is in one of them.
+            while left > 0 {
+                let here = to.rest(at).min(left);
+                if here == 0 {
+                    let message = format!("the byte at {at} is in no tensor that is lent");
+                    return Err(Error::new(ErrorKind::Protocol, SCATTERING, message));
+                }
+                let row = |at| Strides { at, matrix: here, row: here };
+                let (from_here, to_here, extent) = (row(from), row(at), [1, 1, here]);
+                parts.push(
+                    [StridedPart {
+                        from: from_here,
+                        to: to_here,
+                        extent,
+                        element: 1,
+                        blocks: None,
+                    }]
+                    .into(),
+                );
+                (from, at, left) = (from + here, at + here, left - here);
+            }
+        }
+        let job = |parts| Write { source: parcel, ty: None, parts, to, known: None };
+        let jobs: Vec<Write<'_>> = parts.iter().map(job).collect();
+        self.placer().write(&jobs, || Ok(())).map(drop)
     }
 }
 

@@ -357,10 +357,14 @@ impl Sources {
             batch.iter().map(|&number| (number, &table.pieces[number])).collect();
         for pieces in all.chunk_by(|(_, one), (_, next)| one.peer == next.peer) {
             let memory = &**to(pieces[0].1)?;
-            let encoder = encoder.filter(|encoder| encoder.writes_to(memory));
             for &(number, piece) in pieces {
-                let (weight, format) = (&self.weights[piece.held], &piece.lent.wanted.format);
-                if encoder.is_some_and(|encoder| encoder.takes(weight, format.as_ref())) {
+                let (weight, lent) = (&self.weights[piece.held], &piece.lent);
+                let (places, format) = ([lent.at, lent.scales_at], lent.wanted.format.as_ref());
+                let places = if format.is_some() { &places[..] } else { &places[..1] };
+                let takes = |encoder: &dyn Encoder| {
+                    encoder.writes_to(memory, places) && encoder.takes(weight, format)
+                };
+                if encoder.is_some_and(takes) {
                     there.push(number);
                     encoded.push(self.encoded(piece, memory)?);
                 } else {

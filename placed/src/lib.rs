@@ -51,9 +51,11 @@ mod declared;
 mod encode;
 #[cfg(fuzzing)]
 pub mod fuzzing;
+mod host;
 mod member;
 mod memory;
 mod message;
+pub mod parcels;
 mod parts;
 mod pieces;
 mod ranks;
@@ -65,6 +67,7 @@ mod tensors;
 mod trainer;
 
 pub use declared::Wanted;
+pub use host::{HostRange, HostRanges, HostTensors};
 pub use member::TensorState;
 pub use memory::{Encoded, Encoder, Lender, LentBytes, Reach, Reached, Written};
 pub use parts::Parts;

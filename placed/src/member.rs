@@ -65,6 +65,7 @@ pub(crate) enum Done {
         digest: u64,
         bytes: u64,
         inspected: u64,
+        slower: Vec<String>,
     },
 }
 
@@ -357,8 +358,8 @@ impl Member {
             Ok(Done::Differs { wrote }) => {
                 vec![Act::Send(ToLeader::Differs { update, wrote })]
             }
-            Ok(Done::Verified { digest, bytes, inspected }) => {
-                vec![Act::Send(ToLeader::Verified { update, digest, bytes, inspected })]
+            Ok(Done::Verified { digest, bytes, inspected, slower }) => {
+                vec![Act::Send(ToLeader::Verified { update, digest, bytes, inspected, slower })]
             }
         }
     }

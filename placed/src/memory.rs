@@ -26,12 +26,12 @@ pub trait Lender: fmt::Debug + Send + Sync {
         self.len() == 0
     }
 
-    /// Lends it for one update. Returns the terms that trainers need to reach it.
+    /// Lends it for one update, to the trainers that have a piece for it. Returns the terms that they need to reach it.
     ///
     /// # Errors
     ///
     /// `State` while it is lent; those of the system.
-    fn lend(&mut self) -> Result<Bytes>;
+    fn lend(&mut self, to: &[Rank]) -> Result<Bytes>;
 
     /// Takes it back if no trainer has it any more, and returns whether that is so. Does not block.
     ///
@@ -61,6 +61,11 @@ pub trait Lender: fmt::Debug + Send + Sync {
         _step: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Option<Vec<u64>>> {
         Ok(None)
+    }
+
+    /// What makes writing to it slower than possible, each with the reason, in words for the reports of both sides.
+    fn slower(&self) -> Vec<String> {
+        Vec::new()
     }
 }
 
@@ -109,8 +114,8 @@ pub trait Encoder: fmt::Debug + Send + Sync {
     /// Whether it can encode a weight, into this format if the weight is quantised.
     fn takes(&self, weight: &Weight, format: Option<&Fp8Format>) -> bool;
 
-    /// Whether it can write to this memory of a rollout.
-    fn writes_to(&self, to: &dyn Reached) -> bool;
+    /// Whether it can write to the tensor whose elements and scales are at these offsets in a rollout's memory.
+    fn writes_to(&self, to: &dyn Reached, places: &[u64]) -> bool;
 
     /// The largest magnitude in each block of each part, over the elements of the part, in the form of
     /// [`BlockMaxima`](quant_fp8::BlockMaxima).

@@ -116,8 +116,8 @@ pub(crate) enum ToLeader {
     Batch { update: u64, to: Rank, batch: Batch },
     /// The trainer has written everything, and writes no more.
     Written { update: u64, source_bytes: u64 },
-    /// The tensors hold what was written.
-    Verified { update: u64, digest: u64, bytes: u64, inspected: u64 },
+    /// The tensors hold what was written. `slower` says what made writing to them slower than possible.
+    Verified { update: u64, digest: u64, bytes: u64, inspected: u64, slower: Vec<String> },
     /// The trainer's stream has other boxes than the rank said when it entered. It writes no more. `wrote` says whether it has written.
     Differs { update: u64, wrote: bool },
     /// The rank's work goes on.
@@ -193,7 +193,13 @@ mod tests {
             ToLeader::Planned { update, plan: [10; 32], terms: body },
             ToLeader::Batch { update, to: rank, batch: Batch { until: 10, digests: vec![11] } },
             ToLeader::Written { update, source_bytes: 12 },
-            ToLeader::Verified { update, digest: 13, bytes: 14, inspected: 15 },
+            ToLeader::Verified {
+                update,
+                digest: 13,
+                bytes: 14,
+                inspected: 15,
+                slower: vec!["y".into()],
+            },
             ToLeader::Differs { update, wrote: true },
             ToLeader::Progress { update },
             ToLeader::Failed { update, error },
@@ -213,6 +219,6 @@ mod tests {
             all.extend(bytes);
         }
         let sum = engine_core::digest::sum(0, &all);
-        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (13, 272, 7_754_973_252_340_491_372));
+        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (13, 275, 12_931_500_594_042_171_570));
     }
 }

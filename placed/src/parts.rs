@@ -12,6 +12,11 @@ impl<T> Parts<T> {
         Self(parts)
     }
 
+    /// The offset behind the last part.
+    pub(crate) fn end(&self) -> u64 {
+        self.0.last().map_or(0, |(at, bytes, _)| at + bytes)
+    }
+
     /// The part with all of these bytes, and where in it they begin.
     pub fn find(&self, at: u64, len: u64) -> Option<(&T, u64)> {
         let after = self.0.partition_point(|(start, _, _)| *start <= at);

@@ -217,6 +217,7 @@ impl PlacedRollout {
         let mut report = ReceiveReport::new(ended.version, VersionState::Active);
         report.tensors = self.worker.tensors.len() as u64;
         report.bytes = bytes;
+        report.slower = lock(&self.worker.memory).slower();
         report.elapsed = begun.elapsed();
         Ok(report)
     }
@@ -315,7 +316,10 @@ impl Worker for Keeper {
                     let (plan, maxima) = (table.digest, Vec::new());
                     *lock(&compared) = Some(Compared::new(&table));
                     *lock(&present) = Some(table);
-                    Ok(Done::Planned { plan, terms: lock(&memory).lend()?, maxima })
+                    let trainers: Vec<Rank> =
+                        lock(&present).iter().flat_map(|t| t.of_trainers.keys()).copied().collect();
+                    let terms = lock(&memory).lend(&trainers)?;
+                    Ok(Done::Planned { plan, terms, maxima })
                 })
                 .boxed(),
             Task::Check { from, batch } => pool
@@ -355,7 +359,8 @@ impl Worker for Keeper {
                             inspected = looked.len() as u64;
                             looked.into_iter().collect::<Result<()>>()?;
                         }
-                        Ok(Done::Verified { digest, bytes: table.bytes, inspected })
+                        let (bytes, slower) = (table.bytes, memory.slower());
+                        Ok(Done::Verified { digest, bytes, inspected, slower })
                     });
                     work.await
                 }

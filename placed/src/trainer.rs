@@ -178,9 +178,10 @@ impl TrainerEngine for PlacedTrainer {
         let ended = result.map_err(|error| error.version(version))?;
         let mut counts = TensorCounts::default();
         lock(&sources).weights().iter().for_each(|weight| counts.add(weight));
-        let (mut receivers, mut plan_reused) = (Vec::new(), false);
+        let (mut receivers, mut plan_reused, mut slower) = (Vec::new(), false, Vec::new());
         if let Some(committed) = ended.committed {
             (receivers, plan_reused) = (committed.receivers, committed.plan_reused);
+            slower = committed.slower;
             (counts.wire_bytes, counts.source_bytes) = (committed.bytes, committed.source_bytes);
             if let Some(table) = &*lock(&self.worker.table) {
                 (counts.tensors, counts.converted) = (table.tensors, table.quantized);
@@ -191,13 +192,13 @@ impl TrainerEngine for PlacedTrainer {
         if !self.digests {
             receivers.iter_mut().for_each(|receiver| receiver.digest = None);
         }
-        let slower = match self.worker.through_host.load(Ordering::Relaxed) {
-            0 => Vec::new(),
-            count => vec![format!(
-                "{count} weights on a device were encoded by the CPU: they are not where the kernels that write to the rollouts' \
+        let through_host = self.worker.through_host.load(Ordering::Relaxed);
+        if through_host > 0 {
+            slower.push(format!(
+                "{through_host} weights on a device were encoded by the CPU: they are not where the kernels that write to the rollouts' \
                  tensors are, or there is none for what they are"
-            )],
-        };
+            ));
+        }
         let elapsed = begun.elapsed();
         // The work that waited for weights counts as that of their source.
         let [source, planning, writing] = arriving.waited();

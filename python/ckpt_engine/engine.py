@@ -872,9 +872,9 @@ def form_group(
         attributes: What the program tells the other ranks of this one: anything that JSON has.
         timeout: How many seconds to wait for the others.
         lend: On a rollout of placed updates, the tensors that trainers write straight into: pairs of a checkpoint's name and a
-            contiguous tensor, or a mapping of them. All of them are on the configuration's ``device``. On the CPU they are in shared memory
-            (``tensor.share_memory_()``), on a GPU in memory that the driver exports (no expandable segments, no pool of a sleep mode). A
-            ``DTensor`` and a :class:`Box` are a part of the full tensor of this name, an :class:`Fp8` is quantised. The tensors are kept
+            contiguous tensor, or a mapping of them. All of them are on the configuration's ``device``. With ``ipc`` trainers write straight to
+            shared memory (``tensor.share_memory_()``), and to memory of a GPU that the driver exports. What is elsewhere goes through
+            staging memory, which the report's ``slower`` says. A ``DTensor`` and a :class:`Box` are a part of the full tensor of this name, an :class:`Fp8` is quantised. The tensors are kept
             until the engine is finalized and no trainer has them open.
 
     Returns:

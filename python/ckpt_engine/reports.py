@@ -205,6 +205,7 @@ class ReceiveReport:
         digest: Of the version as far as this rank wants it, if digests are on.
         parts: The named parts of the version that are here, if this rank keeps a copy of it.
         wants: The parts that this rank wants, which is what it got; ``None`` for all.
+        slower: What of this rank made the update slower than possible, and why.
     """
 
     version: int
@@ -216,6 +217,7 @@ class ReceiveReport:
     digest: int | None
     parts: dict[str, PartReport] = field(default_factory=dict)
     wants: tuple[str, ...] | None = None
+    slower: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,8 @@ def _receive_report(text: str) -> ReceiveReport:
     data = json.loads(text)
     elapsed, parts = _seconds(data["elapsed"]), _parts(data["parts"])
     wants = None if data["wants"] is None else tuple(data["wants"])
-    return ReceiveReport(**{**data, "elapsed": elapsed, "parts": parts, "wants": wants})
+    given = {"elapsed": elapsed, "parts": parts, "wants": wants, "slower": tuple(data["slower"])}
+    return ReceiveReport(**{**data, **given})
 
 
 def _peers(text: str) -> tuple[Peer, ...]:

@@ -187,6 +187,24 @@ def test_every_byte_of_every_type_is_written_to_where_it_was_lent_in_every_updat
             assert rollout.call("look") == seen(weights)
 
 
+def private():
+    """Tensors of the process alone, of which no other one can open the memory."""
+    model = {name: tensor.clone() for name, tensor in zeros(SHAPES).items()}
+    return model, model
+
+
+def test_tensors_of_the_process_alone_are_written_to_through_staging_memory_and_the_report_says_so(placed):
+    group = placed(private, whole)
+    for version in (1, 2, 3):
+        weights = made(SHAPES, version)
+        report = group.update(weights, version)
+        for rollout in group.rollouts:
+            assert rollout.call("look") == seen(weights)
+        (why,) = report.slower
+        # All but the one without elements.
+        assert f"{len(SHAPES) - 1} tensors" in why and "share_memory_" in why
+
+
 def halves():
     """The left half of the columns of a tensor, and the last rows of another."""
     model = {"wide": torch.zeros(10, 8).share_memory_(), "tall": torch.zeros(3, 4).share_memory_()}
@@ -386,7 +404,6 @@ def test_a_manager_drives_rollouts_that_lend_their_tensors():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (lambda: torch.zeros(3), "share_memory_"),
         (lambda: torch.zeros(4, 6).share_memory_().t(), "not contiguous"),
         (lambda: torch.zeros(3, device="meta"), "own|tensors of torch"),
         (lambda: ckpt_engine.Fp8(torch.zeros(3).share_memory_(), torch.zeros(1).share_memory_()), "F8_E4M3"),

@@ -181,7 +181,7 @@ impl Encoder for Encoding {
         self.kernels.takes(weight, format)
     }
 
-    fn writes_to(&self, to: &dyn Reached) -> bool {
+    fn writes_to(&self, to: &dyn Reached, _: &[u64]) -> bool {
         let to: &dyn Any = to;
         to.downcast_ref::<Holding>().is_some_and(|holding| holding.target().is_on_device())
     }

@@ -7,8 +7,8 @@ use std::sync::mpsc::{Sender, channel, sync_channel};
 use std::time::Duration;
 
 use bytes::Bytes;
-use engine_core::{Error, ErrorKind, Result};
-use placed::{Layout, Lender, LentBytes, LentTensor, Parts};
+use engine_core::{Error, ErrorKind, Rank, Result};
+use placed::{HostRange, HostRanges, Layout, Lender, LentBytes, LentTensor, Parts};
 use protocol::encode;
 use tracing::debug;
 #[cfg(feature = "cuda")]
@@ -84,7 +84,7 @@ pub(super) fn of_tensors_on(
 ) -> Result<(Layout, Lendable)> {
     let device = Device::of(device)?;
     let (layout, allocations, held) =
-        lay_out_tensors(&device, tensors.into_iter().collect(), |_| Ok(()))?;
+        lay_out_tensors(&device, tensors.into_iter().collect(), |_| Ok(Some(())))?;
     let allocations = allocations.into_iter().map(|one| (one.at, one.memory)).collect();
     Ok((layout, on_device(&device, allocations, held)?))
 }
@@ -121,59 +121,31 @@ pub(super) fn of_tensors(
 ) -> Result<(Layout, Lendable)> {
     let tensors: Vec<_> =
         tensors.into_iter().map(LentTensor::into_host_parts).collect::<Result<_>>()?;
-    let all = tensors.iter().flat_map(|(_, both)| both).map(range);
-    let places = places(all.filter(|(_, len)| *len > 0).collect());
-    // The number of the part that has bytes, and their offset. Those of a tensor without elements are nowhere.
-    let find = |bytes: &Bytes| {
-        let (address, len) = range(bytes);
-        let after = places.partition_point(|part| part.address <= address);
-        let number = after.checked_sub(1).filter(|_| len > 0)?;
-        let part = places.get(number)?;
-        Some((number, part.at + (address - part.address)))
-    };
-    let at = |bytes: &Bytes| find(bytes).map_or(0, |(_, at)| at);
-    let end = places.last().map_or(0, |part| part.at + part.bytes);
+    let places = HostRanges::new(0, tensors.iter().flat_map(|(_, both)| both));
+    let at = |bytes: &Bytes| places.find(bytes).map_or(0, |(_, at)| at);
+    let end = places.end(0);
     let wanted = tensors
         .iter()
         .map(|(wanted, [elements, scales])| (wanted.clone(), at(elements), at(scales)));
     let layout = Layout::at(wanted.collect::<Vec<_>>(), end)?;
     let mut views = Vec::new();
     // A part may have several tensors, one directly behind the other.
-    let mut owners = vec![Vec::new(); places.len()];
+    let mut owners = vec![Vec::new(); places.all().len()];
     for bytes in tensors.into_iter().flat_map(|(_, both)| both) {
-        if let Some((number, at)) = find(&bytes) {
+        if let Some((number, at)) = places.find(&bytes) {
             owners[number].push(bytes.clone());
             views.push((at, bytes.len() as u64, bytes));
         }
     }
-    let mut parts = Vec::with_capacity(places.len());
-    for (part, owners) in places.iter().zip(owners) {
+    let mut parts = Vec::with_capacity(places.all().len());
+    for (range, owners) in places.all().iter().zip(owners) {
+        let HostRange { at, bytes, address } = *range;
+        let part = OfferedPart { at, bytes, address };
         // SAFETY: the owners are tensors that a program lends, which has promised it of each, and the part is what they are together.
         let memory = unsafe { PromisedMemory::new(part.address, part.bytes as usize, owners) };
-        parts.push((*part, Memory::new(Arc::new(memory))?));
+        parts.push((part, Memory::new(Arc::new(memory))?));
     }
     Ok((layout, Lendable { views: Views::Host(Parts::new(views)), parts }))
-}
-
-fn range(bytes: &Bytes) -> (u64, u64) {
-    (bytes.as_ptr().expose_provenance() as u64, bytes.len() as u64)
-}
-
-/// Puts ranges of addresses together where they touch or overlap, and gives each an offset. The result is in ascending order of both.
-fn places(mut ranges: Vec<(u64, u64)>) -> Vec<OfferedPart> {
-    ranges.sort_unstable();
-    let mut parts: Vec<OfferedPart> = Vec::new();
-    for (address, len) in ranges {
-        let end = parts.last().map_or(0, |part| part.at + part.bytes);
-        match parts.last_mut().filter(|part| address <= part.address + part.bytes) {
-            Some(part) => part.bytes = part.bytes.max(address + len - part.address),
-            None => {
-                let at = end.next_multiple_of(PAGE) + address % PAGE;
-                parts.push(OfferedPart { at, bytes: len, address });
-            }
-        }
-    }
-    parts
 }
 
 /// A rollout's memory, with the agent that lends it.
@@ -234,7 +206,7 @@ impl Lender for LentMemory {
         self.bytes.next_multiple_of(PAGE)
     }
 
-    fn lend(&mut self) -> Result<Bytes> {
+    fn lend(&mut self, _: &[Rank]) -> Result<Bytes> {
         self.require_own()?;
         let (told, is_told) = sync_channel(1);
         // Whatever comes of it, the agent's thread says when it is over.
@@ -287,41 +259,6 @@ impl Drop for LentMemory {
     fn drop(&mut self) {
         if self.commands.send(Command::Close).is_err() {
             debug!("the agent has ended before");
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn offsets_share_bytes_where_addresses_do_and_nowhere_else(
-            ranges in proptest::collection::vec((1_u64..40_000, 1_u64..5000), 1..12),
-        ) {
-            let parts = places(ranges.clone());
-            for pair in parts.windows(2) {
-                prop_assert!(pair[0].address + pair[0].bytes < pair[1].address);
-                prop_assert!(pair[0].at + pair[0].bytes <= pair[1].at);
-            }
-            let place = |(address, len): (u64, u64)| {
-                let holds = |part: &&OfferedPart| {
-                    part.address <= address && address + len <= part.address + part.bytes
-                };
-                let all: Vec<_> = parts.iter().filter(holds).collect();
-                assert_eq!(all.len(), 1);
-                assert_eq!(all[0].at % PAGE, all[0].address % PAGE);
-                all[0].at + (address - all[0].address)
-            };
-            for one in &ranges {
-                for other in &ranges {
-                    let overlap = |(at, len): (u64, u64), (to, also): (u64, u64)| at < to + also && to < at + len;
-                    let there = overlap((place(*one), one.1), (place(*other), other.1));
-                    prop_assert_eq!(there, overlap(*one, *other));
-                }
-            }
         }
     }
 }

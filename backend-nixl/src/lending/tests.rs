@@ -68,8 +68,8 @@ async fn bytes_are_read_once_whoever_could_write_has_let_go_and_nobody_can_write
     let mut memory = lender("", DEADLINE).await;
     let writers = writers("", 1 << 20, DEADLINE).await;
     assert!(memory.take_back().unwrap());
-    let terms = memory.lend().unwrap();
-    assert_eq!(memory.lend().unwrap_err().kind(), ErrorKind::State);
+    let terms = memory.lend(&[]).unwrap();
+    assert_eq!(memory.lend(&[]).unwrap_err().kind(), ErrorKind::State);
     let held = reach(&writers, &terms).unwrap();
     for (at, bytes) in [(3, &[1_u8; 20][..]), (23, &[2; 5]), (92, &[3; 8])] {
         held.put(at, bytes).unwrap();
@@ -87,7 +87,7 @@ async fn bytes_are_read_once_whoever_could_write_has_let_go_and_nobody_can_write
     assert_eq!(error.report().rank, Some(RANK), "{error}");
     assert!(error.to_string().contains("taken its tensors back"), "{error}");
     // The next update has new terms, and the same agents.
-    let next = memory.lend().unwrap();
+    let next = memory.lend(&[]).unwrap();
     let (old, new): (Offer, Offer) = (decode(&terms).unwrap(), decode(&next).unwrap());
     assert_eq!(old.agent, new.agent);
     assert_ne!(old.lease, new.lease);
@@ -111,7 +111,7 @@ async fn what_several_threads_put_to_several_rollouts_is_there_with_fewer_blocks
         // The least: two blocks.
         let writers = writers(transports, 1, DEADLINE).await;
         let terms: Vec<(Rank, Bytes)> =
-            (5..).map(Rank).zip(lent.iter_mut().map(|memory| memory.lend().unwrap())).collect();
+            (5..).map(Rank).zip(lent.iter_mut().map(|memory| memory.lend(&[]).unwrap())).collect();
         let reached = writers.reach(&terms).unwrap();
         let value = |to: usize, at: usize| (to * 31 + at * 7 + at / 251) as u8;
         std::thread::scope(|scope| {
@@ -149,7 +149,7 @@ async fn a_trainer_that_does_not_let_go_is_cut_off_where_that_keeps_it_from_writ
     // The grace is an eighth of it.
     let mut memory = lender("tcp,self", Duration::from_secs(2)).await;
     let writers = writers("tcp,self", 1 << 20, DEADLINE).await;
-    let terms = memory.lend().unwrap();
+    let terms = memory.lend(&[]).unwrap();
     let held = reach(&writers, &terms).unwrap();
     held.put(0, &[1; 100]).unwrap();
     held.flush().unwrap();
@@ -163,7 +163,7 @@ async fn a_trainer_that_does_not_let_go_is_cut_off_where_that_keeps_it_from_writ
     assert_eq!(host(&memory)[..200], [[1; 100], [0; 100]].concat());
     drop(held);
     // The next update has another agent at both ends.
-    let next = memory.lend().unwrap();
+    let next = memory.lend(&[]).unwrap();
     let (old, new): (Offer, Offer) = (decode(&terms).unwrap(), decode(&next).unwrap());
     assert_ne!(old.agent, new.agent);
     let held = reach(&writers, &next).unwrap();
@@ -179,7 +179,7 @@ async fn a_trainer_that_can_write_by_itself_keeps_memory_lent_until_it_lets_go()
     // The writer is a process of this host that is there: this one.
     let mut memory = lender("", Duration::from_secs(2)).await;
     let writers = writers("", 1 << 20, DEADLINE).await;
-    let held = reach(&writers, &memory.lend().unwrap()).unwrap();
+    let held = reach(&writers, &memory.lend(&[]).unwrap()).unwrap();
     assert!(!is_back(&mut memory, Duration::from_millis(800)));
     held.put(0, &[1; 10]).unwrap();
     held.flush().unwrap();
@@ -193,11 +193,11 @@ async fn what_is_dropped_before_it_is_flushed_is_let_go_of_and_the_next_update_w
     let mut memory = lender("", DEADLINE).await;
     let writers = writers("", 1, DEADLINE).await;
     for version in 1..5 {
-        let held = reach(&writers, &memory.lend().unwrap()).unwrap();
+        let held = reach(&writers, &memory.lend(&[]).unwrap()).unwrap();
         held.put(0, &vec![200 + version; BYTES]).unwrap();
         drop(held);
         assert!(is_back(&mut memory, DEADLINE));
-        let held = reach(&writers, &memory.lend().unwrap()).unwrap();
+        let held = reach(&writers, &memory.lend(&[]).unwrap()).unwrap();
         held.put(0, &vec![version; BYTES]).unwrap();
         held.flush().unwrap();
         drop(held);
@@ -282,7 +282,7 @@ impl Played {
 #[tokio::test]
 async fn only_who_was_granted_a_lease_can_let_go_of_it() {
     let mut memory = lender("", DEADLINE).await;
-    let offer: Offer = decode(&memory.lend().unwrap()).unwrap();
+    let offer: Offer = decode(&memory.lend(&[]).unwrap()).unwrap();
     let (mut one, mut other) = (Played::new(), Played::new());
     one.accept(&offer);
     let (from, answer): (_, ToWriter) = one.hears().await;
@@ -322,7 +322,7 @@ async fn a_rollout_that_does_not_answer_is_named_and_a_grant_that_comes_late_is_
     assert_eq!(said, ToLender::LetGo { lease: 3 });
     // Others are reached, by another agent.
     let mut memory = lender("", DEADLINE).await;
-    drop(reach(&writers, &memory.lend().unwrap()).unwrap());
+    drop(reach(&writers, &memory.lend(&[]).unwrap()).unwrap());
     assert!(is_back(&mut memory, DEADLINE));
 }
 
@@ -355,7 +355,7 @@ async fn a_lender_that_is_gone_is_an_error_that_names_it() {
     for transports in ["", "tcp,self"] {
         let writers = writers(transports, 1 << 20, Duration::from_secs(4)).await;
         let mut memory = lender(transports, Duration::from_secs(2)).await;
-        let held = reach(&writers, &memory.lend().unwrap()).unwrap();
+        let held = reach(&writers, &memory.lend(&[]).unwrap()).unwrap();
         drop(memory);
         // Its agent ends when the trainer has had its time.
         let until = Instant::now() + DEADLINE;

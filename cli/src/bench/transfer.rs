@@ -147,13 +147,14 @@ pub async fn transfer(
     let place = device::of_rank(&options.config.device, 0)?;
     let mut source = Source::open(options.source.clone())?.on_device(&place);
     source.advance(Version(1))?;
-    let baseline = if place.is_cpu() && options.source.change_rate.is_some() {
+    let is_on_host = !device::keeps_tensors(&place);
+    let baseline = if is_on_host && options.source.change_rate.is_some() {
         // The model's own bytes change between updates. As many others are copied, more than a cache has room for at a time.
         let (whole, rest) = (source.byte_len() / STAND_IN, source.byte_len() % STAND_IN);
         let others = Bytes::from(vec![0x3c_u8; source.byte_len().min(STAND_IN) as usize]);
         let whole = std::iter::repeat_n(others.clone(), whole as usize);
         Baseline::Host(whole.chain([others.slice(..rest as usize)]).collect())
-    } else if place.is_cpu() {
+    } else if is_on_host {
         let weights = source.weights(Version(1))?;
         Baseline::Host(weights.map(|weight| weight?.to_bytes()).collect::<Result<_>>()?)
     } else {

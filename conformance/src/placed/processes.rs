@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use control_plane::{Address, ControlPlane, join_group};
 use engine_core::{
-    CheckpointEngineConfig, DType, DeviceChoice, Encoding, Error, ErrorKind, Rank, Result, Role,
-    SendReport, TensorBox, TensorMeta, TrainerEngine, Treatment, Version, Weight,
-    ensure_async_iterator,
+    Backend, CheckpointEngineConfig, DType, DeviceChoice, Devices, Encoding, Error, ErrorKind,
+    Rank, Result, Role, SendReport, TensorBox, TensorMeta, TrainerEngine, Treatment, Version,
+    Weight, ensure_async_iterator,
 };
 use futures::future::join;
 use placed::{PlacedRollout, TensorState, Wanted};
@@ -493,9 +493,14 @@ pub fn a_rollout_that_is_cut_off_while_it_is_written_is_left_out_and_the_others_
     }
 }
 
-/// The same configuration with buckets in host memory: nobody has registered another kind.
-fn on_the_host(mut config: CheckpointEngineConfig) -> CheckpointEngineConfig {
-    config.device = DeviceChoice::default();
+/// The same configuration with buckets in host memory if the transport does not bring its own: nobody has registered another kind.
+fn on_the_host(
+    backend: &dyn Backend,
+    mut config: CheckpointEngineConfig,
+) -> CheckpointEngineConfig {
+    if !matches!(backend.devices(), Devices::Kinds(_)) {
+        config.device = DeviceChoice::default();
+    }
     config
 }
 
@@ -508,7 +513,7 @@ pub fn ranks_of_placed_updates_and_others_do_not_form_a_group(lends: &Lends) {
         let refused = async {
             let joined = ControlPlane::join(control(address.clone()), Role::Rollout, None).await;
             let plane = joined.expect("the leader");
-            let config = on_the_host(lends.of_rollouts());
+            let config = on_the_host(backend, lends.of_rollouts());
             let prepared = backend.prepare_rollout(context(&plane, config)).await;
             let joined =
                 join_group(prepared.expect("a rollout"), backend, &plane, Some(2), LIMIT).await;
@@ -517,7 +522,7 @@ pub fn ranks_of_placed_updates_and_others_do_not_form_a_group(lends: &Lends) {
         let leads = async {
             let leads = ControlPlane::lead(control(address.clone())).await;
             let plane = leads.expect("a free address");
-            let config = on_the_host(lends.config.clone());
+            let config = on_the_host(backend, lends.config.clone());
             let prepared = backend.prepare_trainer(context(&plane, config)).await;
             let joined =
                 join_group(prepared.expect("a trainer"), backend, &plane, Some(2), LIMIT).await;

@@ -70,6 +70,12 @@ impl CudaSpace {
         slice.slice((at - start) as usize, len).map_err(|_| outside())
     }
 
+    /// How many bytes there are from an offset on to the end of its slice; 0 if there is no memory.
+    pub fn rest(&self, at: u64) -> u64 {
+        self.slice_at(at)
+            .map_or(0, |(start, slice)| (start + slice.len() as u64).saturating_sub(at))
+    }
+
     /// The room around an offset; one without bytes if there is no memory.
     pub(super) fn room(&self, at: u64) -> Room {
         self.slice_at(at).map_or_else(Room::default, |(start, slice)| Room {

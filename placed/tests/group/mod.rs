@@ -47,7 +47,7 @@ impl Lender for Owner {
         self.own.len() as u64
     }
 
-    fn lend(&mut self) -> Result<Bytes> {
+    fn lend(&mut self, _: &[Rank]) -> Result<Bytes> {
         let lot = Arc::new(Mutex::new(std::mem::take(&mut self.own)));
         let mut all = self.market.0.lent.lock().unwrap();
         let number = all.len() as u64;

@@ -296,6 +296,10 @@ impl Communicator for Trainer {
         Ok(self.ended)
     }
 
+    fn leave_groups(&mut self, _: &[usize]) {
+        self.leave();
+    }
+
     fn leave(&mut self) {
         // The others wait on: nobody tells them.
         self.world = None;

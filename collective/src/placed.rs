@@ -1,0 +1,860 @@
+//! Placed updates over a library that broadcasts. A trainer and a rollout that have pieces in common are a group of two. The trainer broadcasts
+//! [parcels](::placed::parcels), each behind a head that says how long it is. The rollout scatters them, and broadcasts an answer when the
+//! trainer asks whether all were scattered.
+//!
+//! ```text
+//! trainer                                   rollout
+//!   head: a parcel of so many bytes ─────▶
+//!   bytes and runs                  ─────▶  scatter
+//!   …
+//!   head: what became of them?      ─────▶
+//!                                   ◀─────  answer, when all are scattered
+//!   head: that was all              ─────▶  the group is kept for the next update
+//! ```
+//!
+//! Both ends enqueue the same broadcasts in the same order, because each says what comes next. A rollout makes the ids of new groups, and
+//! gives them away with its terms. Ranks join new groups in the order of the pairs' ranks, so that they never wait in a circle. A group in
+//! which an update did not come to its last head is left by both ends, and formed anew when it is needed again.
+
+mod host;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use ::placed::parcels::{Carrier, Packing, RUNS, Room, Run};
+use ::placed::{Layout, Lender, LentBytes, PlacedRollout, Reach, Reached};
+use bytes::Bytes;
+use engine_core::memory::{Job, Pool};
+use engine_core::plan::ALIGNMENT;
+use engine_core::{
+    DType, EngineContext, Error, ErrorKind, Prepared, PreparedTrainer, Rank, Result, Storage,
+    Weight, digest,
+};
+use futures::executor::block_on;
+use protocol::{decode, encode};
+use quant_fp8::StridedPart;
+use serde::{Deserialize, Serialize};
+use tracing::{debug, warn};
+
+pub use host::{host_tensors, own_host_tensors};
+
+use super::{Communicator, Library, Opened, Shape, SlotGuard, SlotLocks, Slots, Thread};
+
+/// The most ranks that a rank has groups with.
+const PAIRS: u32 = 24;
+/// A parcel is in one slot while another one is in the other.
+const SLOTS: u32 = 2;
+/// The least size of a slot.
+const LEAST: u64 = 256 << 10;
+/// The places of members.
+const ROLLOUT: u32 = 0;
+const TRAINER: u32 = 1;
+/// The bytes of a head or an answer, and of a run behind the bytes of a parcel.
+const HEAD: usize = 64;
+const RUN: usize = 16;
+/// How long a rank has to come to its last head after an update has ended, before its group is given up.
+const GRACE: Duration = Duration::from_secs(1);
+/// How often broadcasts are looked at without a pause, and the pause then.
+const SPINS: u32 = 100;
+const PAUSE: Duration = Duration::from_micros(50);
+
+const USING: &str = "passing parcels on";
+
+/// A rollout's tensors, as parcels are scattered to them.
+pub trait Tensors: fmt::Debug + Send + Sync + 'static {
+    /// As [`Lender::len`].
+    fn len(&self) -> u64;
+
+    /// Whether there are no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Copies the bytes of a parcel to their places, and returns when they are there.
+    ///
+    /// # Errors
+    ///
+    /// `Protocol` for runs that are in no tensor; those of the device.
+    fn scatter(&self, runs: &[Run], parcel: &Storage) -> Result<()>;
+
+    /// As [`Lender::bytes`]. Nothing is scattered meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    fn bytes(&self, at: u64, len: u64) -> Result<LentBytes<'_>>;
+
+    /// As [`Lender::sums`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    fn sums(
+        &self,
+        _pieces: &[&Arc<[StridedPart]>],
+        _step: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Option<Vec<u64>>> {
+        Ok(None)
+    }
+}
+
+/// What a head says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Head {
+    /// A parcel of so many bytes and runs comes.
+    Parcel { bytes: u64, runs: u64 },
+    /// The rollout answers.
+    Ask,
+    /// Nothing comes any more.
+    End,
+    /// The answer, whether all parcels have been scattered.
+    Answer { scattered: bool },
+}
+
+impl Head {
+    fn to_bytes(self) -> [u8; HEAD] {
+        let words = match self {
+            Self::Parcel { bytes, runs } => [1, bytes, runs],
+            Self::Ask => [2, 0, 0],
+            Self::End => [3, 0, 0],
+            Self::Answer { scattered } => [4, u64::from(scattered), 0],
+        };
+        let mut all = [0; HEAD];
+        for (to, word) in all.as_chunks_mut().0.iter_mut().zip(words) {
+            *to = u64::to_le_bytes(word);
+        }
+        all
+    }
+
+    /// `None` for other bytes than a head has.
+    fn of(bytes: &[u8]) -> Option<Self> {
+        let (words, _) = bytes.as_chunks();
+        match words.get(..3)? {
+            [kind, one, two] => {
+                let [kind, one, two] = [kind, one, two].map(|word| u64::from_le_bytes(*word));
+                Some(match kind {
+                    1 => Self::Parcel { bytes: one, runs: two },
+                    2 => Self::Ask,
+                    3 => Self::End,
+                    4 => Self::Answer { scattered: one == 1 },
+                    _ => return None,
+                })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A rollout's terms.
+#[derive(Debug, Serialize, Deserialize)]
+struct Offer {
+    /// In the order of the trainers.
+    pairs: Vec<OfferedPair>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct OfferedPair {
+    trainer: Rank,
+    /// What tells this group from others that the two have been in.
+    name: u64,
+    /// If the group is a new one.
+    id: Option<Bytes>,
+}
+
+/// This rank's end of a group of two.
+#[derive(Debug)]
+struct Pair {
+    name: u64,
+    /// The number of the group, and of the slots that it uses.
+    lane: u32,
+    /// How many broadcasts this rank has enqueued.
+    begun: AtomicU64,
+}
+
+impl Pair {
+    fn slot(&self, number: u32) -> u32 {
+        self.lane * SLOTS + number % SLOTS
+    }
+}
+
+/// The ends of a rank's groups, and the thread that makes the library's calls.
+#[derive(Debug)]
+struct Ends<C: Communicator> {
+    thread: Thread<C>,
+    slots: Arc<dyn Slots>,
+    locks: SlotLocks,
+    slot_bytes: u64,
+    rank: Rank,
+    deadline: Duration,
+    /// How long a broadcast or a join takes at most.
+    limit: Duration,
+    /// Fills slots.
+    pool: Pool,
+    pairs: Mutex<BTreeMap<Rank, Arc<Pair>>>,
+}
+
+impl<C: Communicator> Drop for Ends<C> {
+    fn drop(&mut self) {
+        self.thread.close_later(self.deadline);
+    }
+}
+
+impl<C: Communicator> Ends<C> {
+    async fn open<L>(library: &L, context: &EngineContext, rank: Rank) -> Result<Self>
+    where
+        L: Library<Communicator = C>,
+    {
+        let bucket = context.config.bucket_bytes().unwrap_or(library.default_bucket_bytes());
+        let slots = PAIRS * SLOTS;
+        let each = (bucket.saturating_mul(2) / u64::from(slots)).max(LEAST);
+        let shape = Shape { slots, slot_bytes: each / ALIGNMENT * ALIGNMENT };
+        let pool = Pool::new(1)?;
+        let Opened { thread, slots, .. } = library.open(context, shape, &pool).await?;
+        let deadline = context.deadline();
+        Ok(Self {
+            thread,
+            slots,
+            locks: SlotLocks::new(shape.slots),
+            slot_bytes: shape.slot_bytes,
+            rank,
+            deadline,
+            limit: deadline / 2,
+            pool,
+            pairs: Mutex::default(),
+        })
+    }
+
+    fn pairs(&self) -> MutexGuard<'_, BTreeMap<Rank, Arc<Pair>>> {
+        // Every change is one assignment.
+        self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leaves the groups with ranks other than these.
+    fn keep(&self, ranks: &[Rank]) -> Result<()> {
+        self.leave(|rank, _| !ranks.contains(rank))
+    }
+
+    /// Leaves the groups with some ranks, and those in which something is under way: a library may be unable to leave one group before it is
+    /// over in another. In the others both ends know what comes next, and they stay.
+    fn give_up(&self, with: &[Rank]) {
+        if let Err(error) = self.leave(|rank, busy| busy || with.contains(rank)) {
+            debug!(%error, "groups could not be left");
+        }
+    }
+
+    /// Leaves those groups for which `leaves` says so, given the rank and whether something is under way.
+    fn leave(&self, leaves: impl Fn(&Rank, bool) -> bool) -> Result<()> {
+        let mut pairs = self.pairs();
+        let lanes: Vec<u32> = pairs.values().map(|pair| pair.lane).collect();
+        let ended = self.thread.run_blocking(self.deadline, move |library, _| {
+            // Of a group that has failed, something is under way.
+            Ok(lanes.into_iter().map(|lane| library.ended(lane as usize).ok()).collect::<Vec<_>>())
+        })?;
+        let busy = pairs.values().zip(ended).map(|(pair, ended)| {
+            ended.is_none_or(|ended| ended < pair.begun.load(Ordering::Relaxed))
+        });
+        let left: Vec<(Rank, usize)> = pairs
+            .iter()
+            .zip(busy)
+            .filter(|((rank, _), busy)| leaves(rank, *busy))
+            .map(|((rank, pair), _)| (*rank, pair.lane as usize))
+            .collect();
+        left.iter().for_each(|(rank, _)| drop(pairs.remove(rank)));
+        drop(pairs);
+        if left.is_empty() {
+            return Ok(());
+        }
+        let groups: Vec<usize> = left.into_iter().map(|(_, group)| group).collect();
+        self.thread.run_blocking(self.deadline, move |library, _| {
+            library.leave_groups(&groups);
+            Ok(())
+        })
+    }
+
+    /// A pair with a rank, in a lane that no other pair has. A pair that it had before is left.
+    fn new_pair(&self, with: Rank, name: u64) -> Result<Arc<Pair>> {
+        self.leave(|rank, _| *rank == with)?;
+        let mut pairs = self.pairs();
+        let taken: BTreeSet<u32> = pairs.values().map(|pair| pair.lane).collect();
+        let lane = (0..PAIRS).find(|lane| !taken.contains(lane)).ok_or_else(|| {
+            let message = format!("a rank has pieces in common with more than {PAIRS} others");
+            Error::new(ErrorKind::Resource, USING, message).rank(with)
+        })?;
+        let pair = Arc::new(Pair { name, lane, begun: AtomicU64::new(0) });
+        pairs.insert(with, pair.clone());
+        Ok(pair)
+    }
+
+    /// Joins the group of a pair, in which this rank has a place.
+    fn join(&self, pair: &Pair, id: Bytes, place: u32, with: Rank) -> Result<()> {
+        let group = pair.lane as usize;
+        debug!(%with, group, "joining a group of two");
+        let join = self.thread.run_blocking(self.limit, move |library, wait| {
+            library.join(group, &id, 2, place, wait)?;
+            library.connect_members(group, wait)
+        });
+        join.map_err(|error| error.rank(with))
+    }
+
+    fn lock(&self, slot: u32) -> Result<SlotGuard> {
+        block_on(self.locks.lock(slot)).ok_or_else(|| {
+            Error::new(ErrorKind::State, USING, format!("there is no slot {slot}")).rank(self.rank)
+        })
+    }
+
+    /// Puts bytes at the beginning of a slot.
+    fn fill(&self, slot: u32, bytes: Vec<u8>) -> Result<()> {
+        let len = bytes.len() as u64;
+        let weight = Weight::new("a parcel", DType::U8, [len], bytes)?;
+        let job = Job { weight, start: 0, len, offset: 0 };
+        block_on(self.slots.fill(self.lock(slot)?, vec![job], &self.pool, false)).map(drop)
+    }
+
+    /// The first bytes of a slot.
+    fn view(&self, slot: u32, len: u64) -> Result<Storage> {
+        self.slots.view(self.lock(slot)?, len)
+    }
+
+    /// Enqueues the broadcast of a part of a slot. Returns its number.
+    fn broadcast(&self, pair: &Pair, from: u32, slot: u32, part: Range<u64>) -> Result<u64> {
+        let group = pair.lane as usize;
+        let begin = move |library: &mut C, wait: &super::Wait<'_>| {
+            library.broadcast_from(group, from, slot, part, wait)
+        };
+        self.thread.run_blocking(self.limit, begin)?;
+        Ok(pair.begun.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    /// How many broadcasts of each of these lanes have ended.
+    fn ended(&self, lanes: Vec<u32>) -> Result<Vec<u64>> {
+        self.thread.run_blocking(self.limit, move |library, _| {
+            lanes.into_iter().map(|lane| library.ended(lane as usize)).collect()
+        })
+    }
+
+    /// Waits for the end of a broadcast.
+    fn wait(&self, pair: &Pair, number: u64, limit: Duration) -> Result<()> {
+        let (since, mut looks) = (Instant::now(), 0);
+        loop {
+            let ended = self.ended(vec![pair.lane])?;
+            if ended.first().is_some_and(|ended| *ended >= number) {
+                return Ok(());
+            }
+            if since.elapsed() >= limit {
+                let message = format!("nothing within {:.1} s", limit.as_secs_f64());
+                return Err(Error::new(ErrorKind::Timeout, USING, message));
+            }
+            pause(&mut looks);
+        }
+    }
+
+    /// The most bytes of a parcel.
+    fn parcel_bytes(&self) -> usize {
+        self.slot_bytes as usize - HEAD - RUNS * RUN
+    }
+}
+
+fn pause(looks: &mut u32) {
+    *looks = looks.saturating_add(1);
+    if *looks < SPINS { std::thread::yield_now() } else { std::thread::sleep(PAUSE) }
+}
+
+/// A trainer's end of a group while it may write.
+#[derive(Debug)]
+struct ToRollout<C: Communicator> {
+    ends: Arc<Ends<C>>,
+    rollout: Rank,
+    pair: Arc<Pair>,
+    state: Mutex<Sent>,
+}
+
+#[derive(Debug, Default)]
+struct Sent {
+    /// How many heads were sent.
+    heads: u32,
+    /// The last broadcast of each slot.
+    last: [u64; SLOTS as usize],
+    /// Whether something has failed. Then the other end does not know what comes next.
+    failed: bool,
+}
+
+impl<C: Communicator> ToRollout<C> {
+    fn say(&self, work: impl FnOnce(&mut Sent) -> Result<()>) -> Result<()> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let done = match state.failed {
+            false => work(&mut state),
+            true => {
+                let message = "the group has failed";
+                Err(Error::new(ErrorKind::PeerLost, USING, message))
+            }
+        };
+        state.failed |= done.is_err();
+        done.map_err(|error| error.rank(self.rollout))
+    }
+
+    /// Sends a head, with what is behind it in the slot. Returns the slot.
+    fn send(&self, state: &mut Sent, head: Head, mut all: Vec<u8>, limit: Duration) -> Result<u32> {
+        let (Self { ends, pair, .. }, number) = (self, state.heads % SLOTS);
+        let slot = pair.slot(number);
+        ends.wait(pair, state.last[number as usize], limit)?;
+        let len = all.len() as u64;
+        all[..HEAD].copy_from_slice(&head.to_bytes());
+        ends.fill(slot, all)?;
+        state.heads = state.heads.wrapping_add(1);
+        let mut last = ends.broadcast(pair, TRAINER, slot, 0..HEAD as u64)?;
+        if len > HEAD as u64 {
+            last = ends.broadcast(pair, TRAINER, slot, HEAD as u64..len)?;
+        }
+        state.last[number as usize] = last;
+        Ok(slot)
+    }
+}
+
+impl<C: Communicator> Carrier for ToRollout<C> {
+    type Room = Buffer;
+
+    fn room(&self) -> Result<Buffer> {
+        Ok(Buffer(vec![0; HEAD + self.ends.parcel_bytes()]))
+    }
+
+    fn send(&self, room: Buffer, runs: &[Run]) -> Result<()> {
+        let bytes: u64 = runs.iter().map(|run| run.len).sum();
+        let Buffer(mut all) = room;
+        all.truncate(HEAD + bytes as usize);
+        all.extend(runs.iter().flat_map(|run| [run.at, run.len]).flat_map(u64::to_le_bytes));
+        let head = Head::Parcel { bytes, runs: runs.len() as u64 };
+        self.say(|state| self.send(state, head, all, self.ends.limit).map(drop))
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.say(|state| {
+            let (ends, pair) = (&self.ends, &*self.pair);
+            let slot = self.send(state, Head::Ask, vec![0; HEAD], ends.limit)?;
+            let answer = ends.broadcast(pair, ROLLOUT, slot, 0..HEAD as u64)?;
+            ends.wait(pair, answer, ends.limit)?;
+            let answer = ends.view(slot, HEAD as u64)?.to_host()?;
+            match Head::of(&answer) {
+                Some(Head::Answer { scattered: true }) => Ok(()),
+                Some(Head::Answer { scattered: false }) => {
+                    let message = "the rollout has refused a parcel, whose bytes are not for it";
+                    Err(Error::new(ErrorKind::Protocol, USING, message))
+                }
+                _ => Err(Error::new(ErrorKind::Protocol, USING, "it answers something else")),
+            }
+        })
+    }
+}
+
+impl<C: Communicator> Drop for ToRollout<C> {
+    fn drop(&mut self) {
+        let limit = GRACE.min(self.ends.limit);
+        let ended = self.say(|state| {
+            self.send(state, Head::End, vec![0; HEAD], limit)?;
+            let last = self.pair.begun.load(Ordering::Relaxed);
+            self.ends.wait(&self.pair, last, limit)
+        });
+        if let Err(error) = ended {
+            debug!(%error, "the group with a rollout is given up");
+            self.ends.give_up(&[self.rollout]);
+        }
+    }
+}
+
+/// A parcel that is being filled, behind room for its head.
+#[derive(Debug)]
+struct Buffer(Vec<u8>);
+
+impl Room for Buffer {
+    fn len(&self) -> usize {
+        self.0.len() - HEAD
+    }
+
+    fn write(&mut self, at: usize, bytes: &[u8]) {
+        self.0[HEAD + at..HEAD + at + bytes.len()].copy_from_slice(bytes);
+    }
+}
+
+/// What a trainer may write to.
+#[derive(Debug)]
+struct Holding<C: Communicator>(Packing<ToRollout<C>>);
+
+impl<C: Communicator> Reached for Holding<C> {
+    fn put(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.0.put(at, bytes)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.0.flush()
+    }
+}
+
+/// How a trainer reaches rollouts.
+#[derive(Debug)]
+struct Broadcasts<C: Communicator>(Arc<Ends<C>>);
+
+impl<C: Communicator> Reach for Broadcasts<C> {
+    fn reach(&self, terms: &[(Rank, Bytes)]) -> Result<Vec<Arc<dyn Reached>>> {
+        let ends = &self.0;
+        let ranks: Vec<Rank> = terms.iter().map(|(rank, _)| *rank).collect();
+        ends.keep(&ranks)?;
+        // In the order in which all ranks join.
+        let mut reached: BTreeMap<Rank, Arc<dyn Reached>> = BTreeMap::new();
+        let mut offers = BTreeMap::new();
+        for (rank, terms) in terms {
+            let offer: Offer = decode(terms).map_err(|error| error.rank(*rank))?;
+            let own = offer.pairs.into_iter().find(|pair| pair.trainer == ends.rank);
+            let own = own.ok_or_else(|| {
+                let message = "its terms are for other trainers";
+                Error::new(ErrorKind::Protocol, USING, message).rank(*rank)
+            })?;
+            offers.insert(*rank, own);
+        }
+        for (rollout, OfferedPair { name, id, .. }) in offers {
+            let known = ends.pairs().get(&rollout).filter(|pair| pair.name == name).cloned();
+            let pair = match (known, id) {
+                (Some(pair), None) => pair,
+                (_, Some(id)) => {
+                    let pair = ends.new_pair(rollout, name)?;
+                    if let Err(error) = ends.join(&pair, id, TRAINER, rollout) {
+                        ends.give_up(&[rollout]);
+                        return Err(error);
+                    }
+                    pair
+                }
+                (None, None) => {
+                    let message =
+                        "the group with it has failed here: the next update forms another";
+                    return Err(Error::new(ErrorKind::PeerLost, USING, message).rank(rollout));
+                }
+            };
+            let state = Mutex::default();
+            let to = ToRollout { ends: ends.clone(), rollout, pair, state };
+            reached.insert(rollout, Arc::new(Holding(Packing::new(to))));
+        }
+        let found = terms.iter().filter_map(|(rank, _)| reached.get(rank).cloned());
+        Ok(found.collect())
+    }
+}
+
+/// A rollout's tensors, to which trainers broadcast.
+#[derive(Debug)]
+struct LentTensors<C: Communicator> {
+    ends: Arc<Ends<C>>,
+    memory: Arc<dyn Tensors>,
+    taking: Option<Taking>,
+}
+
+/// The thread that takes parcels.
+#[derive(Debug)]
+struct Taking {
+    /// Whether the tensors are to be taken back.
+    closing: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl<C: Communicator> LentTensors<C> {
+    fn require_own(&self) -> Result<()> {
+        match self.taking {
+            None => Ok(()),
+            Some(_) => {
+                let message = "the tensors are lent: trainers may write to them";
+                Err(Error::new(ErrorKind::State, "using what is lent", message))
+            }
+        }
+    }
+}
+
+impl<C: Communicator> Lender for LentTensors<C> {
+    fn len(&self) -> u64 {
+        self.memory.len()
+    }
+
+    fn lend(&mut self, to: &[Rank]) -> Result<Bytes> {
+        self.require_own()?;
+        let ends = &self.ends;
+        ends.keep(to)?;
+        let new: Vec<Rank> =
+            to.iter().filter(|rank| !ends.pairs().contains_key(rank)).copied().collect();
+        let count = new.len();
+        let make = move |library: &mut C, _: &super::Wait<'_>| library.new_groups(count);
+        let ids = if count > 0 { ends.thread.run_blocking(ends.limit, make)? } else { Vec::new() };
+        let mut ids: BTreeMap<Rank, Bytes> = new.into_iter().zip(ids).collect();
+        let (mut offered, mut froms) = (Vec::new(), Vec::new());
+        for trainer in to.iter().copied() {
+            let id = ids.remove(&trainer);
+            let known = ends.pairs().get(&trainer).cloned();
+            let pair = match (known, &id) {
+                (Some(pair), None) => pair,
+                (_, id) => {
+                    let name = digest::sum(0, id.as_deref().unwrap_or_default());
+                    ends.new_pair(trainer, name)?
+                }
+            };
+            offered.push(OfferedPair { trainer, name: pair.name, id: id.clone() });
+            froms.push(FromTrainer { trainer, pair, id, step: Step::Head { slot: 0 }, until: 0 });
+        }
+        let terms = encode(&Offer { pairs: offered })?;
+        let closing = Arc::new(AtomicBool::new(false));
+        let taker = Taker {
+            ends: ends.clone(),
+            memory: self.memory.clone(),
+            closing: closing.clone(),
+            refused: BTreeSet::new(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("ckpt-parcels".into())
+            .spawn(move || taker.run(froms))
+            .map_err(|error| {
+                let message = format!("no thread to take parcels: {error}");
+                Error::new(ErrorKind::Resource, "lending tensors", message).with_source(error)
+            })?;
+        self.taking = Some(Taking { closing, thread });
+        Ok(terms)
+    }
+
+    fn take_back(&mut self) -> Result<bool> {
+        if let Some(Taking { closing, thread }) = &self.taking {
+            closing.store(true, Ordering::Release);
+            if thread.is_finished() {
+                self.taking = None;
+            }
+        }
+        Ok(self.taking.is_none())
+    }
+
+    fn bytes(&self, at: u64, len: u64) -> Result<LentBytes<'_>> {
+        self.require_own()?;
+        self.memory.bytes(at, len)
+    }
+
+    fn sums(
+        &self,
+        pieces: &[&Arc<[StridedPart]>],
+        step: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Option<Vec<u64>>> {
+        self.memory.sums(pieces, step)
+    }
+}
+
+impl<C: Communicator> Drop for LentTensors<C> {
+    fn drop(&mut self) {
+        if let Some(Taking { closing, thread }) = self.taking.take() {
+            closing.store(true, Ordering::Release);
+            // The tensors are the program's again.
+            if thread.join().is_err() {
+                warn!("the thread that takes parcels has panicked");
+            }
+        }
+    }
+}
+
+/// A rollout's end of a group while its tensors are lent.
+#[derive(Debug)]
+struct FromTrainer {
+    trainer: Rank,
+    pair: Arc<Pair>,
+    /// If the group is a new one.
+    id: Option<Bytes>,
+    step: Step,
+    /// The broadcast that it waits for.
+    until: u64,
+}
+
+/// What a rollout waits for.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Head {
+        slot: u32,
+    },
+    Parcel {
+        slot: u32,
+        bytes: u64,
+        runs: u64,
+    },
+    /// The trainer takes the answer.
+    Answered {
+        slot: u32,
+    },
+    Ended,
+}
+
+#[derive(Debug)]
+struct Taker<C: Communicator> {
+    ends: Arc<Ends<C>>,
+    memory: Arc<dyn Tensors>,
+    closing: Arc<AtomicBool>,
+    /// The lanes of which a parcel was refused.
+    refused: BTreeSet<u32>,
+}
+
+impl<C: Communicator> Taker<C> {
+    fn run(mut self, mut froms: Vec<FromTrainer>) {
+        if let Err(error) = self.take(&mut froms) {
+            let open = froms.iter().filter(|from| !matches!(from.step, Step::Ended));
+            let open: Vec<Rank> = open.map(|from| from.trainer).collect();
+            match error.kind() {
+                ErrorKind::Aborted => debug!(%error, ?open, "groups with trainers are given up"),
+                _ => warn!(%error, ?open, "groups with trainers are given up"),
+            }
+            self.ends.give_up(&open);
+        }
+    }
+
+    /// Takes parcels until all trainers have said that nothing comes any more.
+    fn take(&mut self, froms: &mut [FromTrainer]) -> Result<()> {
+        for from in froms.iter_mut() {
+            if let Some(id) = from.id.take() {
+                self.ends.join(&from.pair, id, ROLLOUT, from.trainer)?;
+            }
+        }
+        for from in froms.iter_mut() {
+            self.expect_head(from, 0)?;
+        }
+        let (mut closing, mut looks) = (None, 0);
+        loop {
+            let open = froms.iter_mut().filter(|from| !matches!(from.step, Step::Ended));
+            let mut open: Vec<&mut FromTrainer> = open.collect();
+            if open.is_empty() {
+                return Ok(());
+            }
+            let ended = self.ends.ended(open.iter().map(|from| from.pair.lane).collect())?;
+            let mut came = false;
+            for (from, ended) in open.iter_mut().zip(ended) {
+                if ended >= from.until {
+                    came = true;
+                    self.advance(from).map_err(|error| error.rank(from.trainer))?;
+                }
+            }
+            if self.closing.load(Ordering::Acquire) {
+                let since = *closing.get_or_insert_with(Instant::now);
+                if since.elapsed() >= GRACE.min(self.ends.deadline / 8) {
+                    let message = "the update has ended, and a trainer has not said so";
+                    return Err(Error::new(ErrorKind::Aborted, USING, message));
+                }
+            }
+            if came { looks = 0 } else { pause(&mut looks) }
+        }
+    }
+
+    fn expect_head(&self, from: &mut FromTrainer, number: u32) -> Result<()> {
+        let slot = from.pair.slot(number);
+        from.until = self.ends.broadcast(&from.pair, TRAINER, slot, 0..HEAD as u64)?;
+        from.step = Step::Head { slot };
+        Ok(())
+    }
+
+    fn advance(&mut self, from: &mut FromTrainer) -> Result<()> {
+        let ends = &self.ends;
+        let broken = |message| Error::new(ErrorKind::Protocol, USING, message);
+        match from.step {
+            Step::Head { slot } => {
+                let head = ends.view(slot, HEAD as u64)?.to_host()?;
+                match Head::of(&head) {
+                    Some(Head::Parcel { bytes, runs }) => {
+                        let all = runs.checked_mul(RUN as u64);
+                        let all =
+                            all.and_then(|all| all.checked_add(bytes)?.checked_add(HEAD as u64));
+                        let end = all.filter(|end| *end <= ends.slot_bytes && *end > HEAD as u64);
+                        let end = end.ok_or_else(|| broken("a parcel of another size"))?;
+                        let part = HEAD as u64..end;
+                        from.until = ends.broadcast(&from.pair, TRAINER, slot, part)?;
+                        from.step = Step::Parcel { slot, bytes, runs };
+                        Ok(())
+                    }
+                    Some(Head::Ask) => {
+                        let scattered = !self.refused.contains(&from.pair.lane);
+                        ends.fill(slot, Head::Answer { scattered }.to_bytes().to_vec())?;
+                        from.until = ends.broadcast(&from.pair, ROLLOUT, slot, 0..HEAD as u64)?;
+                        from.step = Step::Answered { slot };
+                        Ok(())
+                    }
+                    Some(Head::End) => {
+                        from.step = Step::Ended;
+                        Ok(())
+                    }
+                    Some(Head::Answer { .. }) | None => Err(broken("it sends something else")),
+                }
+            }
+            Step::Parcel { slot, bytes, runs } => {
+                // The next one comes to the other slot meanwhile.
+                self.expect_head(from, slot + 1)?;
+                let (start, end) = (HEAD as u64, HEAD as u64 + bytes);
+                let all = self.ends.view(slot, end + runs * RUN as u64)?;
+                let runs = all.slice(end..end + runs * RUN as u64).to_host()?;
+                let number = |word: &[u8]| word.try_into().map_or(0, u64::from_le_bytes);
+                let run = |words: &[u8; RUN]| {
+                    let (at, len) = words.split_at(RUN / 2);
+                    Run { at: number(at), len: number(len) }
+                };
+                let runs: Vec<Run> = runs.as_chunks().0.iter().map(run).collect();
+                if let Err(error) = self.memory.scatter(&runs, &all.slice(start..end)) {
+                    warn!(%error, trainer = %from.trainer, "a parcel is refused");
+                    self.refused.insert(from.pair.lane);
+                }
+                Ok(())
+            }
+            Step::Answered { slot } => self.expect_head(from, slot + 1),
+            Step::Ended => Ok(()),
+        }
+    }
+}
+
+/// Prepares a trainer of placed updates over a library.
+///
+/// # Errors
+///
+/// `Config` without a control plane; those of [`Library::open`].
+pub async fn prepare_placed_trainer<L: Library>(
+    library: L,
+    context: EngineContext,
+) -> Result<PreparedTrainer> {
+    let rank = context.require_control()?.rank();
+    let ends = Ends::open(&library, &context, rank).await?;
+    ::placed::prepare_trainer(library.name(), context, Arc::new(Broadcasts(Arc::new(ends))))
+}
+
+/// Prepares a rollout of placed updates over a library, whose tensors have this layout. The library is opened when it joins its group.
+///
+/// # Errors
+///
+/// `Config` without a control plane.
+pub fn prepare_placed_rollout<L: Library>(
+    library: L,
+    context: EngineContext,
+    layout: Layout,
+    tensors: Arc<dyn Tensors>,
+) -> Result<Prepared<PlacedRollout>> {
+    let rank = context.require_control()?.rank();
+    let (name, own) = (library.name(), context.clone());
+    let memory = async move {
+        let ends = Arc::new(Ends::open(&library, &own, rank).await?);
+        Ok(Box::new(LentTensors { ends, memory: tensors, taking: None }) as Box<dyn Lender>)
+    };
+    ::placed::prepare_rollout(name, context, layout, memory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_head_is_read_as_it_was_written_and_other_bytes_are_none(
+            bytes in 0_u64.., runs in 0_u64.., scattered in any::<bool>(),
+            other in proptest::collection::vec(any::<u8>(), 0..80),
+        ) {
+            for head in [Head::Parcel { bytes, runs }, Head::Ask, Head::End, Head::Answer { scattered }] {
+                prop_assert_eq!(Head::of(&head.to_bytes()), Some(head));
+            }
+            // Whatever it is, it is no panic.
+            let _ = Head::of(&other);
+            prop_assert_eq!(Head::of(&[0; HEAD]), None);
+        }
+    }
+}
