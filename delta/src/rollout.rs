@@ -306,6 +306,10 @@ fn other_parts(of: &str) -> Error {
     Error::new(ErrorKind::Mismatch, APPLYING, message)
 }
 
+fn twice(name: &str) -> Error {
+    refused("a weight of this name came already").tensor(name)
+}
+
 /// The changes of a part, or of the whole version.
 #[derive(Debug)]
 struct Section {
@@ -331,7 +335,10 @@ struct Patching<'k> {
     undo: Vec<(Vec<(usize, Change)>, Storage)>,
     came: Vec<Came>,
     new: Vec<Entry>,
-    names: HashSet<Arc<str>>,
+    /// Names of new weights.
+    new_names: HashSet<Arc<str>>,
+    /// The indices of the base's weights by their names, once there is a new weight.
+    places: Option<HashMap<Arc<str>, usize>>,
     is_proven: Arc<AtomicBool>,
     /// The base can no longer be restored.
     is_damaged: bool,
@@ -355,7 +362,8 @@ impl<'k> Patching<'k> {
             undo: Vec::new(),
             came: Vec::new(),
             new: Vec::new(),
-            names: HashSet::new(),
+            new_names: HashSet::new(),
+            places: None,
             is_proven: Arc::default(),
             is_damaged: false,
             index: 0,
@@ -475,6 +483,9 @@ impl<'k> Patching<'k> {
                 return Err(refused(message).tensor(&*entry.meta.name));
             };
             rest = others;
+            if self.new_names.contains(&entry.meta.name) {
+                return Err(twice(&entry.meta.name));
+            }
             self.met[at] = true;
             due.push((at, Change { cut, words: own.to_vec() }));
         }
@@ -528,6 +539,13 @@ impl<'k> Patching<'k> {
             false => Some(self.copies.parts.part_of(tensor.name())),
         };
         self.section(part).map_err(|error| error.tensor(tensor.name()))?;
+        let base = self.base.iter().enumerate();
+        let named = base.filter_map(|(at, entry)| Some((entry.as_ref()?.meta.name.clone(), at)));
+        let places = self.places.get_or_insert_with(|| named.collect());
+        let has_come = places.get(tensor.name()).is_some_and(|at| self.met[*at]);
+        if has_come || !self.new_names.insert(tensor.meta().name.clone()) {
+            return Err(twice(tensor.name()));
+        }
         let mut entries = self.copies.allocate(vec![tensor.meta().clone()])?;
         self.copies.write(&mut entries, &[ShadowPart { of: 0, start: 0, bytes: storage }])?;
         self.copies.seal(&mut entries)?;
@@ -541,9 +559,6 @@ impl<'k> Patching<'k> {
     fn bucket(&mut self, views: Vec<(ArenaArc<TensorMeta>, Storage)>) -> Result<ReceivedBucket> {
         let (mut pieces, mut content, mut offset) = (Vec::new(), Vec::new(), 0_u64);
         for (meta, bytes) in views {
-            if !self.names.insert(meta.name.clone()) {
-                return Err(refused("a weight of this name came already").tensor(&*meta.name));
-            }
             let len = bytes.len();
             pieces.push(Piece { meta, start: 0, len, offset });
             offset = (offset + len).next_multiple_of(ALIGNMENT);
@@ -595,11 +610,11 @@ impl<'k> Patching<'k> {
     /// Makes the version the base of later changes, now that it is active. Returns its number of weights, their bytes, and its parts.
     fn complete(&mut self) -> (u64, u64, BTreeMap<String, PartReport>) {
         let undo = std::mem::take(&mut self.undo);
-        let changed: HashSet<usize> =
-            undo.iter().flat_map(|(changed, _)| changed).map(|(at, _)| *at).collect();
+        let mut changed = vec![false; self.base.len()];
+        undo.iter().flat_map(|(changed, _)| changed).for_each(|(at, _)| changed[*at] = true);
         let mut was_sent = Vec::with_capacity(self.came.len());
         was_sent.extend(self.came.iter().map(|came| match came {
-            Came::Kept(at) => changed.contains(at),
+            Came::Kept(at) => changed[*at],
             Came::New => true,
         }));
         let mut new = std::mem::take(&mut self.new).into_iter();
