@@ -52,7 +52,11 @@ fn rollouts_get_the_parts_that_they_want_and_every_byte_of_these_is_verified() {
         let folder = std::env::temp_dir().join(format!("wants-{}", std::process::id()));
         let path = format!("path={}", folder.display());
         let dir: &[&str] = if backend == "dir" { &["--engine-kwarg", &path] } else { &[] };
-        for delta in [&[][..], &["--delta"], &["--trainer-quantize-fp8"]] {
+        for delta in [&[][..], &["--trainer-quantize-fp8"], &["--delta"]] {
+            // The folder keeps versions, and changes are none.
+            if (backend, delta) == ("dir", &["--delta"]) {
+                continue;
+            }
             let of = ["--backend", backend, "--part", "first=model.layers.0.*,model.embed*"];
             let common = [&SYNC[..], &of, dir, delta].concat();
             let all = lines(&common);

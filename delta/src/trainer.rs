@@ -326,7 +326,7 @@ enum Form {
 /// Which weights of the base have come again.
 struct Comparison {
     base: Arc<Shadow>,
-    /// The index of each weight within its part.
+    /// The index of each weight within its part, where each part travels alone.
     within: Vec<u32>,
     met: Vec<bool>,
     /// The index of the next weight if the order is that of the base.
@@ -339,20 +339,25 @@ struct Comparison {
 
 impl Comparison {
     fn new(base: Arc<Shadow>) -> Self {
-        let mut counts = HashMap::<u32, u32>::new();
-        let within = base.entries.iter().map(|entry| {
-            let count = counts.entry(entry.part()).or_default();
-            *count += 1;
-            *count - 1
-        });
         Self {
-            within: within.collect(),
+            within: Vec::new(),
             met: vec![false; base.entries.len()],
             base,
             next: 0,
             places: None,
             new: HashSet::new(),
         }
+    }
+
+    /// Counts the weights of each part.
+    fn count(&mut self) {
+        let mut counts = BTreeMap::<u32, u32>::new();
+        let within = self.base.entries.iter().map(|entry| {
+            let count = counts.entry(entry.part()).or_default();
+            *count += 1;
+            *count - 1
+        });
+        self.within = within.collect();
     }
 
     /// The index of a weight in the base; `None` if the base has none of this name, type and shape.
@@ -490,9 +495,13 @@ impl Sending<'_> {
         let said = self.bases.take();
         let kept = lock(&self.kept).clone();
         // The numbers of the base, as far as ranks want it: most want the same.
+        let all = self.copies.parts.all();
         let mut numbers = BTreeMap::<&PartSet, Option<u64>>::new();
         for said in said.iter().flatten() {
-            let number = || kept.as_ref().ok().map(|shadow| shadow.version_of(&said.wants));
+            let number = || {
+                let kept = kept.as_ref().ok()?;
+                Some(if said.wants == all { kept.version() } else { kept.version_of(&said.wants) })
+            };
             numbers.entry(&said.wants).or_insert_with(number);
         }
         let ranks = |is: &dyn Fn(&Entrant) -> bool| -> Vec<Rank> {
@@ -504,7 +513,6 @@ impl Sending<'_> {
             let number = numbers.get(&said.wants).copied().flatten();
             number.is_none_or(|number| said.base != Base::Has(number))
         });
-        let all = self.copies.parts.all();
         let is_apart = said.iter().flatten().any(|said| said.wants != all);
         if is_apart {
             let mut wanted = PartSet::new();
@@ -561,9 +569,12 @@ impl Sending<'_> {
         }
         let attests = self.attests != Attests::Not && matches!(self.form, Form::Changes(_));
         lock(&self.made).report.attested = attests;
-        match &self.form {
+        match &mut self.form {
             // Each begins with the first of its weights.
-            Form::Changes(_) if is_apart => self.begun = Some(PartSet::new()),
+            Form::Changes(comparison) if is_apart => {
+                comparison.count();
+                self.begun = Some(PartSet::new());
+            }
             Form::Changes(comparison) => {
                 let base = comparison.base.version();
                 self.queue(None, &Head::Begin { of: None, base }, &[])?;

@@ -31,6 +31,11 @@
 //! Every wait of the trainer has a deadline. It restarts only when the awaited rank takes a step or is given a new
 //! task. The other ranks wait as long as the trainer says that it is alive.
 //!
+//! A rank may want only some of the named parts of a version ([`Parts`]), and says so when it enters. Then a bucket has weights
+//! of parts that the same ranks want, and is announced to these alone. `End` tells each rank the digests of what it got.
+//!
+//! [`Parts`]: engine_core::Parts
+//!
 //! Where nothing travels ([`BucketKind::List`]), a bucket is a list of whole weights, each in memory that the rollout
 //! may keep. Its `Release` says that the rollout asks for more, so no more buckets are on the way than there are
 //! slots.

@@ -156,7 +156,11 @@ impl<L: FetchLink> Receiver<L> {
                 follower.of_kind(link.bucket_kind()).wanting(context.config.wants.clone()),
             ),
             link,
-            ledger: Ledger { control: control.clone(), held: Arc::default() },
+            ledger: Ledger {
+                control: control.clone(),
+                held: Arc::default(),
+                all_want_all: context.config.parts.is_empty() && context.config.wants.is_none(),
+            },
             control,
             pool,
             deadline: context.deadline(),
@@ -505,6 +509,8 @@ struct Ledger {
     control: Arc<dyn Control>,
     /// The update and index of each, and the number of its holds.
     held: Arc<Mutex<BTreeMap<(u64, u64), usize>>>,
+    /// Whether versions have no named parts, as far as this rank knows, so that all ranks get every bucket.
+    all_want_all: bool,
 }
 
 impl Ledger {
@@ -561,7 +567,7 @@ impl Drop for Hold {
                 entry.remove();
                 let control = &self.ledger.control;
                 let told = encode(&ToSender::Release { update, index }).and_then(|body| {
-                    match self.routed {
+                    match self.routed || !self.ledger.all_want_all {
                         true => control.send(Rank::LEADER, body),
                         // The slot is free when all ranks have released it.
                         false => control.send_with_others(Rank::LEADER, body),

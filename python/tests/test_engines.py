@@ -101,6 +101,20 @@ def test_a_part_of_a_version_is_sent_and_all_other_weights_are_those_of_the_vers
         local[0].send_weights(adapter, 1, part=True)
 
 
+def test_a_rollout_gets_the_parts_that_it_wants_and_reports_say_so():
+    config = {"backend": "naive", "parts": {"adapter": ["*.lora_*"]}}
+    trainer, (rollout,) = ckpt_engine.form_local_group({**config, "wants": ["adapter"]})
+    adapter = {f"base_model.model.q_proj.lora_{side}.weight": bytearray(64) for side in "AB"}
+    receiving = in_thread(lambda: dict(rollout.receive_weights(copy=True)))
+    report = trainer.send_weights({**WEIGHTS, **adapter}, 1)
+    received = {name: tensor.tobytes() for name, tensor in receiving.result(10).items()}
+    assert received == {name: bytes(value) for name, value in adapter.items()}
+    assert report.receivers[0].parts == ("adapter",)
+    assert report.counts.tensors == 2
+    with pytest.raises(ckpt_engine.ConfigError, match="wants"):
+        ckpt_engine.form_local_group({**config, "wants": []})
+
+
 def test_the_version_before_stays_when_the_next_one_is_left(local):
     trainer, rollout = local
     update(trainer, rollout, 1)
