@@ -57,11 +57,10 @@ struct Pauses(u32);
 impl Pauses {
     fn pause(&mut self) {
         self.0 = self.0.saturating_add(1);
-        match self.0 {
-            ..=SPINS => std::thread::yield_now(),
-            ..=LONG => std::thread::sleep(PAUSE),
-            _ => std::thread::sleep(LONG_PAUSE),
+        if self.0 <= SPINS {
+            return std::thread::yield_now();
         }
+        std::thread::sleep(if self.0 <= LONG { PAUSE } else { LONG_PAUSE });
     }
 }
 

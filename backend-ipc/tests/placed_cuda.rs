@@ -29,24 +29,22 @@ fn partly_on_the_device(weight: Weight) -> Result<Weight> {
 /// Memory of the driver's asynchronous allocator, which it does not export. It is never freed.
 fn not_exported(bytes: u64) -> Storage {
     type Allocate = unsafe extern "C" fn(*mut u64, usize, *mut c_void) -> i32;
+    type Wait = unsafe extern "C" fn() -> i32;
     static DEVICE: LazyLock<Device> = LazyLock::new(|| Device::open(0).expect("a device"));
     // Its context becomes this thread's.
     drop(CudaMemory::new(&DEVICE, 1).expect("a byte"));
     let mut address = 0;
     // SAFETY: the driver is loaded already.
     let driver = unsafe { libloading::Library::new("libcuda.so.1") }.expect("the driver");
-    // SAFETY: it has this function, which writes an address.
-    let status = unsafe {
-        let allocate = driver.get::<Allocate>(b"cuMemAllocAsync").expect("CUDA 11.2");
-        allocate(&mut address, bytes as usize, std::ptr::null_mut())
-    };
-    assert_eq!(status, 0);
-    // SAFETY: as above.
-    let status = unsafe {
-        let wait = driver.get::<unsafe extern "C" fn() -> i32>(b"cuCtxSynchronize").expect("CUDA");
-        wait()
-    };
-    assert_eq!(status, 0);
+    // SAFETY: the function has this type.
+    let allocate = unsafe { driver.get::<Allocate>(b"cuMemAllocAsync") }.expect("CUDA 11.2");
+    // SAFETY: it writes an address; the stream is the default one.
+    let allocated = unsafe { allocate(&mut address, bytes as usize, std::ptr::null_mut()) };
+    // SAFETY: the function has this type.
+    let wait = unsafe { driver.get::<Wait>(b"cuCtxSynchronize") }.expect("CUDA");
+    // SAFETY: it waits for the allocation.
+    let waited = unsafe { wait() };
+    assert_eq!((allocated, waited), (0, 0));
     // SAFETY: so many bytes of the device are there for ever.
     let memory = unsafe { CudaMemory::borrowed(&DEVICE, address, bytes as usize, Arc::new(())) };
     memory.all().storage()
@@ -84,7 +82,7 @@ fn lend_mixed(context: EngineContext, wanted: Vec<Wanted>) -> Result<Prepared<Pl
 }
 
 fn lends(put: fn(Weight) -> Result<Weight>) -> Lends {
-    lends_with(put, |context, wanted| lend(context, wanted))
+    lends_with(put, lend)
 }
 
 fn lends_with(
