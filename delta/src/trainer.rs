@@ -36,6 +36,10 @@ pub(crate) fn in_front(
     }))
 }
 
+/// A bucket has the changes of at most so many batches: rollouts apply them while others are compared. Changes of a whole model would fit into
+/// one bucket, which is sent when it ends.
+const BATCHES_OF_A_BUCKET: u64 = 4;
+
 #[derive(Debug)]
 struct DeltaTrainer {
     engine: Box<dyn TrainerEngine>,
@@ -164,6 +168,7 @@ impl DeltaTrainer {
             ready: VecDeque::new(),
             followed: None,
             tensors: 0,
+            batches: 0,
         };
         let stream = futures::stream::try_unfold(sending, |mut sending| async move {
             Ok(sending.next().await?.map(|weight| (weight, sending)))
@@ -451,6 +456,8 @@ struct Sending<'a> {
     followed: Option<Arc<str>>,
     /// The number of tensors that carried changes so far.
     tensors: u64,
+    /// The number of batches of which tensors were made.
+    batches: u64,
 }
 
 impl Sending<'_> {
@@ -771,7 +778,14 @@ impl Sending<'_> {
                 }
             }
         }
-        self.flush(&mut run, values.slice(begin..end))
+        self.flush(&mut run, values.slice(begin..end))?;
+        self.batches += 1;
+        if self.batches.is_multiple_of(BATCHES_OF_A_BUCKET)
+            && let Some(last) = self.ready.pop_back()
+        {
+            self.ready.push_back(last.ending_bucket());
+        }
+        Ok(())
     }
 
     /// Makes tensors of weights that follow one another, and of their values.

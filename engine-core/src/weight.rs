@@ -211,6 +211,8 @@ pub struct Weight {
     pub(crate) part: Option<Arc<Part>>,
     /// The named part of a version that it belongs to, where its name does not say it.
     pub(crate) named_part: Option<u32>,
+    /// Whether a bucket ends with it.
+    pub(crate) ends_bucket: bool,
 }
 
 /// What of a larger tensor a weight is.
@@ -280,6 +282,7 @@ impl Weight {
             byte_len,
             part: None,
             named_part: None,
+            ends_bucket: false,
         })
     }
 
@@ -335,6 +338,7 @@ impl Weight {
             byte_len,
             part: None,
             named_part: None,
+            ends_bucket: false,
         }
         .simplified(size))
     }
@@ -358,6 +362,7 @@ impl Weight {
             byte_len,
             part: None,
             named_part: None,
+            ends_bucket: false,
         })
     }
 
@@ -405,6 +410,18 @@ impl Weight {
     /// The number of the named part that it was put [in](Self::in_part).
     pub fn named_part(&self) -> Option<u32> {
         self.named_part
+    }
+
+    /// The same weight, with which a bucket ends though others would fit: what was sent so far does not wait for them. A stream says so at the
+    /// same weights in each update, or the plan of the last one does not fit.
+    #[must_use]
+    pub fn ending_bucket(self) -> Self {
+        Self { ends_bucket: true, ..self }
+    }
+
+    /// Whether a bucket [ends](Self::ending_bucket) with it.
+    pub fn ends_bucket(&self) -> bool {
+        self.ends_bucket
     }
 
     /// Name and type of the weight, with the shape of the full tensor that it is a box of.

@@ -139,10 +139,11 @@ impl Collector {
                     source_bytes += share(weight.source_bytes(), len, total);
                     let end = start + len;
                     let rest = (end < total).then(|| (weight.clone(), end, class));
+                    let ends = weight.ends_bucket();
                     let job = Job { weight, start, len, offset };
                     self.compare(&job, jobs.len());
                     jobs.push(job);
-                    if rest.is_some() {
+                    if rest.is_some() || ends {
                         self.pending = rest;
                         break;
                     }

@@ -29,8 +29,9 @@ fn cast_weight(weight: Weight, to: DType) -> Result<Weight> {
     }
     let meta = TensorMeta { dtype: to, ..TensorMeta::clone(weight.meta()) };
     let (part, named_part) = (weight.part.clone(), weight.named_part);
+    let ends_bucket = weight.ends_bucket;
     let cast = Arc::new(Cast { source: weight, from, to });
-    Ok(Weight { part, named_part, ..Weight::encoded(meta, cast, Treatment::Plain)? })
+    Ok(Weight { part, named_part, ends_bucket, ..Weight::encoded(meta, cast, Treatment::Plain)? })
 }
 
 fn is_float(dtype: DType) -> bool {
