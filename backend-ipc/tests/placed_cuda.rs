@@ -31,8 +31,7 @@ fn not_exported(bytes: u64) -> Storage {
     type Allocate = unsafe extern "C" fn(*mut u64, usize, *mut c_void) -> i32;
     type Wait = unsafe extern "C" fn() -> i32;
     static DEVICE: LazyLock<Device> = LazyLock::new(|| Device::open(0).expect("a device"));
-    // Its context becomes this thread's.
-    drop(CudaMemory::new(&DEVICE, 1).expect("a byte"));
+    DEVICE.enter().expect("a context");
     let mut address = 0;
     // SAFETY: the driver is loaded already.
     let driver = unsafe { libloading::Library::new("libcuda.so.1") }.expect("the driver");

@@ -839,22 +839,144 @@ pub fn prepare_placed_rollout<L: Library>(
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use super::*;
+    use async_trait::async_trait;
     use proptest::prelude::*;
 
     proptest! {
         #[test]
         fn a_head_is_read_as_it_was_written_and_other_bytes_are_none(
             bytes in 0_u64.., runs in 0_u64.., scattered in any::<bool>(),
-            other in proptest::collection::vec(any::<u8>(), 0..80),
         ) {
             for head in [Head::Parcel { bytes, runs }, Head::Ask, Head::End, Head::Answer { scattered }] {
                 prop_assert_eq!(Head::of(&head.to_bytes()), Some(head));
             }
-            // Whatever it is, it is no panic.
-            let _ = Head::of(&other);
             prop_assert_eq!(Head::of(&[0; HEAD]), None);
         }
+
+        #[test]
+        fn arbitrary_bytes_are_terms_or_heads_or_not_but_never_a_panic(
+            bytes in proptest::collection::vec(any::<u8>(), 0..200),
+        ) {
+            drop(decode::<Offer>(&bytes));
+            let _ = Head::of(&bytes);
+        }
+    }
+
+    /// In each of its groups as many broadcasts have ended as it is told.
+    #[derive(Debug, Default)]
+    struct Fake {
+        ended: BTreeMap<usize, u64>,
+        left: Vec<usize>,
+    }
+
+    impl Communicator for Fake {
+        fn new_group(&mut self) -> Result<Bytes> {
+            Ok(Bytes::new())
+        }
+
+        fn join(
+            &mut self,
+            group: usize,
+            _: &[u8],
+            _: u32,
+            _: u32,
+            _: &super::super::Wait<'_>,
+        ) -> Result<()> {
+            self.ended.insert(group, 0);
+            Ok(())
+        }
+
+        fn shrink(&mut self, _: usize, _: &[u32], _: &super::super::Wait<'_>) -> Result<()> {
+            Ok(())
+        }
+
+        fn broadcast(
+            &mut self,
+            _: usize,
+            _: u32,
+            _: u64,
+            _: &super::super::Wait<'_>,
+        ) -> Result<()> {
+            Ok(())
+        }
+
+        fn ended(&mut self, group: usize) -> Result<u64> {
+            let failed = || Error::new(ErrorKind::Backend, "looking", "it has failed");
+            self.ended.get(&group).copied().ok_or_else(failed)
+        }
+
+        fn leave_groups(&mut self, groups: &[usize]) {
+            self.left.extend(groups);
+        }
+
+        fn leave(&mut self) {}
+    }
+
+    #[derive(Debug)]
+    struct NoSlots;
+
+    #[async_trait]
+    impl Slots for NoSlots {
+        async fn fill(&self, _: SlotGuard, _: Vec<Job>, _: &Pool, _: bool) -> Result<u64> {
+            Ok(0)
+        }
+
+        fn view(&self, _: SlotGuard, _: u64) -> Result<Storage> {
+            Ok(Storage::from(Vec::new()))
+        }
+    }
+
+    async fn ends() -> Ends<Fake> {
+        let deadline = Duration::from_secs(10);
+        Ends {
+            thread: Thread::start("test", || Ok(Fake::default())).await.unwrap(),
+            slots: Arc::new(NoSlots),
+            locks: SlotLocks::new(PAIRS * SLOTS),
+            slot_bytes: LEAST,
+            rank: Rank(0),
+            deadline,
+            limit: deadline,
+            pool: Pool::new(1).unwrap(),
+            pairs: Mutex::default(),
+        }
+    }
+
+    fn joined(ends: &Ends<Fake>, with: u32) -> Arc<Pair> {
+        let pair = ends.new_pair(Rank(with), u64::from(with)).unwrap();
+        ends.join(&pair, Bytes::new(), TRAINER, Rank(with)).unwrap();
+        pair
+    }
+
+    #[tokio::test]
+    async fn a_rank_leaves_the_groups_that_have_failed_or_are_in_use_and_keeps_the_others() {
+        let ends = ends().await;
+        let pairs: Vec<_> = (1..=4).map(|with| joined(&ends, with)).collect();
+        // In the second one something is under way, and the fourth one has failed in the library.
+        ends.broadcast(&pairs[1], ROLLOUT, 0, 0..1).unwrap();
+        let fails = |library: &mut Fake, _: &super::super::Wait<'_>| Ok(library.ended.remove(&3));
+        ends.thread.run_blocking(ends.limit, fails).unwrap();
+        ends.give_up(&[Rank(1)]);
+        let left =
+            |library: &mut Fake, _: &super::super::Wait<'_>| Ok(std::mem::take(&mut library.left));
+        assert_eq!(ends.thread.run_blocking(ends.limit, left).unwrap(), [0, 1, 3]);
+        assert!(ends.pairs().keys().eq([&Rank(3)]));
+        // A group with another rank is in the place of one that was left.
+        assert_eq!(joined(&ends, 5).lane, 0);
+        ends.keep(&[Rank(5)]).unwrap();
+        assert_eq!(ends.thread.run_blocking(ends.limit, left).unwrap(), [2]);
+    }
+
+    #[tokio::test]
+    async fn more_groups_than_a_rank_has_slots_for_are_an_error_that_names_the_other_rank() {
+        let ends = ends().await;
+        for with in 1..=PAIRS {
+            joined(&ends, with);
+        }
+        let error = ends.new_pair(Rank(77), 77).unwrap_err();
+        assert_eq!((error.kind(), error.report().rank), (ErrorKind::Resource, Some(Rank(77))));
+        assert!(error.to_string().contains("more than 24"), "{error}");
     }
 }

@@ -874,7 +874,8 @@ def form_group(
         lend: On a rollout of placed updates, the tensors that trainers write straight into: pairs of a checkpoint's name and a
             contiguous tensor, or a mapping of them. All of them are on the configuration's ``device``. With ``ipc`` trainers write straight to
             shared memory (``tensor.share_memory_()``), and to memory of a GPU that the driver exports. What is elsewhere goes through
-            staging memory, which the report's ``slower`` says. A ``DTensor`` and a :class:`Box` are a part of the full tensor of this name, an :class:`Fp8` is quantised. The tensors are kept
+            staging memory, which the report's ``slower`` says. A ``DTensor`` and a :class:`Box` are a part of the full tensor of this name,
+            an :class:`Fp8` is quantised. The tensors are kept
             until the engine is finalized and no trainer has them open.
 
     Returns:
