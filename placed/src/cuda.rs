@@ -83,9 +83,10 @@ pub fn lay_out_tensors<T>(
         let scales_at = place(&scales).map_err(named)?;
         placed.push((wanted, at, scales_at));
     }
-    let layout = Layout::at(placed, end)?;
     let mut allocations: Vec<_> = known.into_values().collect();
     allocations.sort_by_key(|allocation| allocation.at);
+    let bytes = allocations.last().map_or(0, |last| last.at + last.memory.len() as u64);
+    let layout = Layout::at(placed, bytes)?;
     Ok((layout, allocations, held))
 }
 
