@@ -63,7 +63,7 @@ fn rollouts_get_the_parts_that_they_want_and_every_byte_of_these_is_verified() {
             let some = lines(&[&common[..], &["--want", "first"]].concat());
             for (some, all) in some.iter().zip(&all) {
                 assert_eq!(some["verified"], true, "{backend} {delta:?}: {some}");
-                // The folder has all of every version, whoever reads it.
+                // A version in a folder is whole, also where no rollout wants all of it.
                 let (some, all) = (number(some, "wire_bytes"), number(all, "wire_bytes"));
                 assert!(some < all || backend == "dir", "{backend} {delta:?}: {some} of {all}");
             }

@@ -252,13 +252,11 @@ async fn every_part_has_a_digest_that_only_its_own_weights_change_and_all_ranks_
     assert_eq!(alone.len(), 1);
 }
 
-#[tokio::test]
-async fn a_failed_update_leaves_every_part_as_it_was() {
-    let mut group = group_of_parts().await.expect("a group");
-    let all = || [vec![matrix("mlp.up_proj", 8, 1), draft(1)], adapter(1)].concat();
-    let first = parts_of(&mut group, all(), 1, false).await.expect("the whole version");
-    let (trainer, rollouts) = &mut group;
-    let send = trainer.send_part(ensure_async_iterator(adapter(2)), Version(2));
+/// An update that the second of two rollouts refuses when it has all of it. It fails everywhere.
+async fn second_refuses(
+    rollouts: &mut [Box<dyn RolloutEngine>],
+    send: impl Future<Output = Result<SendReport>>,
+) {
     let [one, other] = &mut rollouts[..] else { panic!("two rollouts") };
     let takes = async { one.receive_weights(None).await?.finish().await };
     let refuses = async {
@@ -268,6 +266,16 @@ async fn a_failed_update_leaves_every_part_as_it_was() {
     };
     let (sent, taken, refused) = futures::join!(send, takes, refuses);
     assert!(sent.is_err() && taken.is_err() && refused.is_err());
+}
+
+#[tokio::test]
+async fn a_failed_update_leaves_every_part_as_it_was() {
+    let mut group = group_of_parts().await.expect("a group");
+    let all = || [vec![matrix("mlp.up_proj", 8, 1), draft(1)], adapter(1)].concat();
+    let first = parts_of(&mut group, all(), 1, false).await.expect("the whole version");
+    let (trainer, rollouts) = &mut group;
+    let send = trainer.send_part(ensure_async_iterator(adapter(2)), Version(2));
+    second_refuses(rollouts, send).await;
     // The draft comes as it was. Nothing of the adapter that failed is in the version.
     let next = parts_of(&mut group, vec![draft(1)], 3, true).await.expect("a part");
     let digests = |parts: &BTreeMap<String, PartReport>| -> Vec<u64> {
@@ -400,15 +408,7 @@ async fn an_update_that_a_rank_of_one_part_fails_leaves_all_parts_on_all_ranks()
     }
     let (trainer, rollouts) = &mut group;
     let send = trainer.send_weights(ensure_async_iterator(mixed(3, 3, 1)), Version(3));
-    let [one, other] = &mut rollouts[..] else { panic!("two rollouts") };
-    let takes = async { one.receive_weights(None).await?.finish().await };
-    let refuses = async {
-        let received = other.receive_weights(None).await?;
-        received.before_confirm(|| Err(Error::new(ErrorKind::Resource, "installing", "no room")));
-        received.finish().await
-    };
-    let (sent, taken, refused) = futures::join!(send, takes, refuses);
-    assert!(sent.is_err() && taken.is_err() && refused.is_err());
+    second_refuses(rollouts, send).await;
     // Both have what they had, so that changes to it are enough.
     let (sent, received) = update(&mut group, mixed(2, 4, 1), 4, false).await.expect("an update");
     let delta = sent.delta.expect("a report");

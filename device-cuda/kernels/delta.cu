@@ -261,7 +261,8 @@ __device__ __forceinline__ uint2 find_in_tile(const DeltaJob* job, u32 index, ui
 }
 
 // Compares new bytes with copies. Of each tile, `words` gets the word and `lens` the length of its values, which are left where the job says;
-// of each job, `results` gets the change of its digest's sum and the number of units that changed. They are 0 before.
+// of each job, `results` gets the change of its digest's sum and the number of units that changed. They are 0 before. With four blocks of
+// threads on a multiprocessor, the compiler needs local memory for some devices.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
 find_changes(const DeltaJob* jobs, const u32* firsts, u32 count, u32 tiles, u64* results, u32* words, u32* lens) {
     __shared__ uint4 marks[TILE_VECTORS / 8];   // 16 bits for each vector

@@ -24,7 +24,7 @@ pub enum Base {
 pub struct Entrant {
     /// The rollout.
     pub rank: Rank,
-    /// The version that it has: all of it that it wants.
+    /// The version that it has, as far as it wants it.
     pub base: Base,
     /// The parts that it wants.
     pub wants: PartSet,

@@ -274,16 +274,25 @@ impl Weight {
                 meta.shape
             )));
         }
-        let content = Content::Contiguous(bytes);
-        Ok(Self {
+        Ok(Self::whole(meta, Content::Contiguous(bytes), Treatment::Plain, byte_len))
+    }
+
+    /// A whole weight, of which nothing else is known.
+    fn whole(
+        meta: ArenaArc<TensorMeta>,
+        content: Content,
+        treatment: Treatment,
+        byte_len: u64,
+    ) -> Self {
+        Self {
             meta,
             content,
-            treatment: Treatment::Plain,
+            treatment,
             byte_len,
             part: None,
             named_part: None,
             ends_bucket: false,
-        })
+        }
     }
 
     /// A tensor whose elements are not contiguous, in host memory or on a device: a transposed or sliced view.
@@ -330,17 +339,7 @@ impl Weight {
             }
         }
         let content = Content::Strided(Arc::new(Elements { bytes, strides, offset }));
-        let meta = meta.into();
-        Ok(Self {
-            meta,
-            content,
-            treatment: Treatment::Plain,
-            byte_len,
-            part: None,
-            named_part: None,
-            ends_bucket: false,
-        }
-        .simplified(size))
+        Ok(Self::whole(meta.into(), content, Treatment::Plain, byte_len).simplified(size))
     }
 
     /// A weight whose bytes an encoding produces.
@@ -355,15 +354,7 @@ impl Weight {
     ) -> Result<Self> {
         let meta = meta.into();
         let byte_len = meta.validate()?;
-        Ok(Self {
-            meta,
-            content: Content::Encoded(encoding),
-            treatment,
-            byte_len,
-            part: None,
-            named_part: None,
-            ends_bucket: false,
-        })
+        Ok(Self::whole(meta, Content::Encoded(encoding), treatment, byte_len))
     }
 
     /// The same weight as a part of a tensor of the shape `full`: the elements of the box `region`. Without this a weight is a whole

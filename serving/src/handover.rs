@@ -78,7 +78,7 @@ pub struct Holder {
 #[derive(Debug, Serialize, Deserialize)]
 struct Offer {
     version: Option<Version>,
-    /// The parts of it that are here, by their names; `None` for all.
+    /// The names of the version's parts that are here; `None` if all are.
     #[serde(default)]
     parts: Option<Vec<String>>,
 }
