@@ -124,6 +124,8 @@ struct Steps {
     informed: RankSet,
     /// When each rank was given its last task or took its last step. Its deadline begins there.
     since: RankMap<Instant>,
+    /// When each rank took its last step. The update's begin is the first.
+    moved: RankMap<Instant>,
 }
 
 impl Steps {
@@ -131,16 +133,25 @@ impl Steps {
         let mut since = RankMap::default();
         since.set(&active, &now);
         let [to_enter, to_join, to_confirm] = [(); 3].map(|()| active.clone());
-        Self { active, to_enter, to_join, to_confirm, informed: RankSet::new(), since }
+        let moved = since.clone();
+        Self { active, to_enter, to_join, to_confirm, informed: RankSet::new(), since, moved }
+    }
+
+    /// These ranks took a step.
+    fn step(&mut self, ranks: &RankSet, now: Instant) {
+        self.since.set(ranks, &now);
+        self.moved.set(ranks, &now);
     }
 
     /// A rank takes no further part in the update.
     fn leave(&mut self, rank: Rank) {
-        let Self { active, to_enter, to_join, to_confirm, informed, since } = self;
+        let Self { active, to_enter, to_join, to_confirm, informed, since, moved } = self;
         for set in [active, to_enter, to_join, to_confirm, informed] {
             set.remove(rank);
         }
-        since.update(&RankSet::from([rank]), |_| None);
+        for times in [since, moved] {
+            times.update(&RankSet::from([rank]), |_| None);
+        }
     }
 }
 
@@ -1020,7 +1031,7 @@ impl Leader {
 
     /// The end of the present wait's deadline. It restarts only with a step of the awaited rank, or with a task given to
     /// it: a slow rank is not dead, but other ranks that come and go are no progress. Each rank takes a finite number
-    /// of steps in an update, so every wait ends.
+    /// of steps in an update, so every wait ends. A rank that is silent gets no more time: [`is_late`](Self::is_late).
     fn wait_until(&self) -> Option<Instant> {
         let update = self.update.as_ref()?;
         let (wait, begun) = update.wait?;
@@ -1032,14 +1043,32 @@ impl Leader {
         Some(since.map_or(begun, |since| since.max(begun)) + self.settings.deadline)
     }
 
+    /// Whether the present wait is too long: its deadline is over, or the awaited rank is silent. Other ranks may go on for a
+    /// while beside a rank that is stopped, which gives it tasks and begins waits. So these count only for ranks that live.
+    fn is_late(&self, now: Instant) -> bool {
+        let deadline = self.settings.deadline;
+        let wait = self.update.as_ref().and_then(|update| update.wait);
+        let is_silent = |rank| {
+            let rests = self.steps.moved.get(rank).is_some_and(|step| *step + deadline <= now);
+            rests && (self.silence)(rank).is_some_and(|silence| silence >= deadline)
+        };
+        self.wait_until().is_some_and(|until| until <= now)
+            || wait.and_then(|(wait, _)| self.awaited(wait).rank).is_some_and(is_silent)
+    }
+
     /// The error of a wait that was too long.
     fn late(&self, wait: Wait) -> Error {
         let Awaited { rank, bucket, operation } = self.awaited(wait);
+        let deadline = self.settings.deadline;
+        let silence = rank.and_then(self.silence.as_ref());
         let late = match rank {
-            Some(rank) if !self.has_entered(rank) && self.members.contains_key(&rank) => {
-                not_entered(operation, self.settings.deadline, (self.silence)(rank))
+            Some(_) if silence.is_some_and(|silence| !silence.is_zero()) => {
+                silent(operation, deadline, silence.unwrap_or_default())
             }
-            _ => too_late(self.settings.deadline, operation),
+            Some(rank) if !self.has_entered(rank) && self.members.contains_key(&rank) => {
+                not_entered(operation, deadline, silence.is_some())
+            }
+            _ => too_late(deadline, operation),
         };
         let late = rank.into_iter().fold(late, Error::rank);
         bucket.into_iter().fold(late, Error::bucket)
@@ -1312,7 +1341,7 @@ impl Leader {
         match decode::<ToSender>(body) {
             Ok(message) => {
                 let moved = self.take(from, &message, now);
-                self.steps.since.set(&moved, &now);
+                self.steps.step(&moved, now);
             }
             Err(error) => {
                 // A rank without a part in updates cannot disturb them.
@@ -1616,7 +1645,7 @@ impl Machine for Leader {
         if now >= update.next_alive {
             self.tell_alive(now);
         }
-        if self.wait_until().is_some_and(|until| now >= until)
+        if self.is_late(now)
             && let Some((wait, _)) = self.update.as_ref().and_then(|update| update.wait)
         {
             let late = self.late(wait);
@@ -1689,21 +1718,27 @@ pub(super) fn still_read(error: Error, deadline: Duration) -> Error {
         .with_source(error)
 }
 
-fn not_entered(operation: &str, deadline: Duration, silence: Option<Duration>) -> Error {
-    let why = match silence {
-        Some(Duration::ZERO) => {
+/// The error of a wait for a rank that is connected or not, and has not entered the update.
+fn not_entered(operation: &str, deadline: Duration, is_connected: bool) -> Error {
+    let why = match is_connected {
+        true => {
             "its process lives, as its heartbeats come, and has not called receive_weights \
              (send_weights, if it is a trainer)"
-                .to_owned()
         }
-        Some(silence) => format!(
-            "not even a heartbeat came from the rank for {:.1} s: its process is stopped, or the network \
-             between is cut",
-            silence.as_secs_f64()
-        ),
-        None => "the connection to the rank has ended".to_owned(),
+        false => "the connection to the rank has ended",
     };
     let message = format!("nothing within {:.1} s: {why}", deadline.as_secs_f64());
+    Error::new(ErrorKind::Timeout, operation, message)
+}
+
+/// The error of a wait for a rank whose heartbeats do not come.
+fn silent(operation: &str, deadline: Duration, silence: Duration) -> Error {
+    let message = format!(
+        "nothing within {:.1} s: not even a heartbeat came from the rank for {:.1} s: its process is stopped, or the \
+         network between is cut",
+        deadline.as_secs_f64(),
+        silence.as_secs_f64()
+    );
     Error::new(ErrorKind::Timeout, operation, message)
 }
 
@@ -1940,6 +1975,74 @@ mod tests {
         );
     }
 
+    /// After how long an update fails in which rank 1 takes no step after it has entered, and gets a second bucket after 4 s of 5. Of
+    /// it, nothing is heard for so much of the time.
+    fn fails_after(
+        silence: impl Fn(Duration) -> Option<Duration> + Send + Sync + 'static,
+    ) -> Duration {
+        let begun = Instant::now();
+        let clock = Arc::new(std::sync::Mutex::new(Duration::ZERO));
+        let of_rank = clock.clone();
+        let mut leader = leader_of(2, 2);
+        leader.silence = Box::new(move |rank| match rank {
+            Rank(1) => silence(*of_rank.lock().expect("no panic")),
+            _ => Some(Duration::ZERO),
+        });
+        leader.begin(1, Version(1), None, begun).expect("there are receivers");
+        let steps = RankSet::from([Rank(1), Rank(2)]);
+        let (card, held, base) = (Bytes::new(), Vec::new(), Base::Unable);
+        let entered = ToSender::Entered { update: 1, card, plan: None, held, base, wants: None };
+        leader.alike(&steps, &encode(&entered).expect("a message"), begun);
+        let (mut late, mut at) = (None, Duration::ZERO);
+        while at < Duration::from_secs(20) {
+            let now = begun + at;
+            while let Some(act) = leader.act() {
+                let done = match act {
+                    Act::Begin { .. } => Done::Begun(Ok(None)),
+                    Act::Collect { index: 1 } => {
+                        late = Some(Duration::from_secs(4));
+                        continue;
+                    }
+                    Act::Collect { index } => collected(index),
+                    Act::Fill { .. } => Done::Filled(Ok(0)),
+                    Act::Publish { .. } => Done::Published(Ok(())),
+                    _ => continue,
+                };
+                leader.done(done, now);
+            }
+            if let Some(end) = leader.end() {
+                let error = end.expect_err("rank 1 releases nothing");
+                assert_eq!(error.report().rank, Some(Rank(1)), "{error}");
+                return at;
+            }
+            if late.is_some_and(|late| late <= at) {
+                late = None;
+                leader.done(collected(1), now);
+                continue;
+            }
+            *clock.lock().expect("no panic") = at;
+            at += Duration::from_millis(250);
+            if leader.timer().is_some_and(|timer| timer <= begun + at) {
+                leader.tick(begun + at);
+            }
+        }
+        panic!("it never fails");
+    }
+
+    #[test]
+    fn tasks_give_time_to_a_rank_that_lives_and_none_to_one_that_is_silent() {
+        let second = Duration::from_secs(1);
+        let lives = fails_after(|_| Some(Duration::ZERO));
+        assert!(lives > 8 * second, "{lives:?}");
+        let stopped = fails_after(|now| Some(now));
+        assert!(stopped > 4 * second && stopped < 7 * second, "{stopped:?}");
+        // It was silent before, and is heard of again.
+        let cut_off = fails_after(move |now| {
+            Some(if now < 3 * second { now + 4 * second } else { Duration::ZERO })
+        });
+        assert_eq!(cut_off, lives);
+    }
+
     #[test]
     fn the_updates_after_a_fetch_that_failed_go_around_its_path_for_a_while() {
         let mut ring = Ring::new();
@@ -1962,8 +2065,9 @@ mod tests {
 
     #[test]
     fn a_rank_that_has_not_entered_is_told_apart_from_one_that_is_stopped() {
-        let words = |silence| not_entered("waiting", Duration::from_secs(5), silence).to_string();
-        let (lives, silent) = (words(Some(Duration::ZERO)), words(Some(Duration::from_secs(3))));
+        let deadline = Duration::from_secs(5);
+        let lives = not_entered("waiting", deadline, true).to_string();
+        let silent = silent("waiting", deadline, Duration::from_secs(3)).to_string();
         assert!(lives.contains("receive_weights") && !lives.contains("stopped"), "{lives}");
         assert!(silent.contains("for 3.0 s: its process is stopped"), "{silent}");
         assert!(!silent.contains("receive_weights"), "{silent}");
