@@ -36,6 +36,7 @@ use engine_core::{
     Weight, digest,
 };
 use futures::executor::block_on;
+use futures::future::BoxFuture;
 use protocol::{decode, encode};
 use quant_fp8::StridedPart;
 use serde::{Deserialize, Serialize};
@@ -227,6 +228,12 @@ impl<C: Communicator> Ends<C> {
             pool,
             pairs: Mutex::default(),
         })
+    }
+
+    /// Leaves all groups, and ends the thread.
+    fn close(&self) -> BoxFuture<'static, ()> {
+        let thread = self.thread.clone();
+        Box::pin(async move { thread.close().await })
     }
 
     fn pairs(&self) -> MutexGuard<'_, BTreeMap<Rank, Arc<Pair>>> {
@@ -539,6 +546,10 @@ impl<C: Communicator> Reach for Broadcasts<C> {
         let found = terms.iter().filter_map(|(rank, _)| reached.get(rank).cloned());
         Ok(found.collect())
     }
+
+    fn close(&self) -> BoxFuture<'static, ()> {
+        self.0.close()
+    }
 }
 
 /// A rollout's tensors, to which trainers broadcast.
@@ -638,6 +649,10 @@ impl<C: Communicator> Lender for LentTensors<C> {
         step: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Option<Vec<u64>>> {
         self.memory.sums(pieces, step)
+    }
+
+    fn close(&self) -> BoxFuture<'static, ()> {
+        self.ends.close()
     }
 }
 
@@ -870,6 +885,8 @@ mod tests {
     struct Fake {
         ended: BTreeMap<usize, u64>,
         left: Vec<usize>,
+        /// Clones of it are gone when the library is.
+        _kept: Arc<()>,
     }
 
     impl Communicator for Fake {
@@ -929,10 +946,10 @@ mod tests {
         }
     }
 
-    async fn ends() -> Ends<Fake> {
+    async fn ends(library: Fake) -> Ends<Fake> {
         let deadline = Duration::from_secs(10);
         Ends {
-            thread: Thread::start("test", || Ok(Fake::default())).await.unwrap(),
+            thread: Thread::start("test", || Ok(library)).await.unwrap(),
             slots: Arc::new(NoSlots),
             locks: SlotLocks::new(PAIRS * SLOTS),
             slot_bytes: LEAST,
@@ -952,7 +969,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_rank_leaves_the_groups_that_have_failed_or_are_in_use_and_keeps_the_others() {
-        let ends = ends().await;
+        let ends = ends(Fake::default()).await;
         let pairs: Vec<_> = (1..=4).map(|with| joined(&ends, with)).collect();
         // In the second one something is under way, and the fourth one has failed in the library.
         ends.broadcast(&pairs[1], ROLLOUT, 0, 0..1).unwrap();
@@ -970,8 +987,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn ends_that_are_closed_have_freed_the_library_also_while_somebody_has_them() {
+        let kept = Arc::new(());
+        let library = Fake { _kept: kept.clone(), ..Fake::default() };
+        let ends = Arc::new(ends(library).await);
+        assert_eq!(Arc::strong_count(&kept), 2);
+        Broadcasts(ends.clone()).close().await;
+        assert_eq!(Arc::strong_count(&kept), 1);
+        assert_eq!(ends.ended(vec![0]).unwrap_err().kind(), ErrorKind::State);
+        // Both sides may have it closed.
+        ends.close().await;
+    }
+
+    #[tokio::test]
     async fn more_groups_than_a_rank_has_slots_for_are_an_error_that_names_the_other_rank() {
-        let ends = ends().await;
+        let ends = ends(Fake::default()).await;
         for with in 1..=PAIRS {
             joined(&ends, with);
         }

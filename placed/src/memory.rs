@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use engine_core::{Rank, Result, Storage, Weight};
+use futures::future::BoxFuture;
 use quant_fp8::{Fp8Format, SourceType, StridedPart};
 
 /// Memory of a rollout that trainers write to in updates. All parties speak of its bytes by their offsets. It need not be one
@@ -67,6 +68,12 @@ pub trait Lender: fmt::Debug + Send + Sync {
     fn slower(&self) -> Vec<String> {
         Vec::new()
     }
+
+    /// Ends what the transport does for it, and waits for that: a library's threads have to be gone before the process ends. Called when a
+    /// rollout is finalized, after [`take_back`](Self::take_back). Nothing is lent afterwards.
+    fn close(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::ready(()))
+    }
 }
 
 /// Bytes of a [`Lender`], while they are not lent.
@@ -101,6 +108,11 @@ pub trait Reach: fmt::Debug + Send + Sync {
     /// them.
     fn encoder(&self) -> Option<&dyn Encoder> {
         None
+    }
+
+    /// As [`Lender::close`], when a trainer is finalized. Nothing is reached afterwards.
+    fn close(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::ready(()))
     }
 }
 

@@ -260,7 +260,10 @@ impl PlacedRollout {
     /// `Timeout` if a trainer still has the memory. It may write to it until its process ends, which does no harm here.
     pub async fn finalize(self) -> Result<()> {
         Seat::idle(&self.worker.working).await;
-        take_back(&self.worker.memory, self.worker.deadline / 2).await
+        let taken = take_back(&self.worker.memory, self.worker.deadline / 2).await;
+        let closed = lock(&self.worker.memory).close();
+        closed.await;
+        taken
     }
 }
 

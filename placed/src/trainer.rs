@@ -153,6 +153,7 @@ impl PlacedTrainer {
 impl CheckpointEngine for PlacedTrainer {
     async fn finalize(self: Box<Self>) -> Result<()> {
         Seat::idle(&self.worker.working).await;
+        self.worker.reach.close().await;
         Ok(())
     }
 }

@@ -200,6 +200,14 @@ fn many() -> (Model, Vec<Boxes>, Vec<Vec<Wanted>>) {
 }
 
 #[test]
+fn ranks_that_are_finalized_have_ended_what_the_transport_does_for_them() {
+    let (model, holds, wants) = halves();
+    let mut group = Group::new(&model, &holds, &wants);
+    group.update(1).unwrap();
+    assert_eq!(group.finalize(), 4);
+}
+
+#[test]
 fn a_trainer_writes_while_its_stream_is_read_once_it_has_sent_the_same_before() {
     let (model, holds, wants) = many();
     let mut group = Group::new(&model, &holds, &wants);

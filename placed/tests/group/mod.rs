@@ -8,12 +8,12 @@ use std::time::Duration;
 use bytes::Bytes;
 pub(crate) use conformance::placed::{Boxes, Model, Tensor};
 use engine_core::{
-    CheckpointEngineConfig, Encoding, EngineContext, Error, ErrorKind, Rank, Result, Role,
-    SendReport, TensorBox, TensorMeta, TrainerEngine, Treatment, Version, Weight, digest,
-    ensure_async_iterator,
+    CheckpointEngine, CheckpointEngineConfig, Encoding, EngineContext, Error, ErrorKind, Rank,
+    Result, Role, SendReport, TensorBox, TensorMeta, TrainerEngine, Treatment, Version, Weight,
+    digest, ensure_async_iterator,
 };
 use futures::StreamExt;
-use futures::future::{join, join_all};
+use futures::future::{BoxFuture, join, join_all};
 use placed::{Layout, Lender, LentBytes, PlacedRollout, PlacedTrainer, Reach, Reached, Wanted};
 use protocol::hub::{Hub, Member};
 use quant_fp8::StridedPart;
@@ -31,6 +31,18 @@ struct Lots {
     puts: AtomicUsize,
     /// How many times lent memory was digested while it was lent.
     digested: AtomicUsize,
+    /// How many ranks have ended what the transport does for them.
+    closed: AtomicUsize,
+}
+
+impl Market {
+    fn close_one(&self) -> BoxFuture<'static, ()> {
+        let market = self.clone();
+        Box::pin(async move {
+            tokio::task::yield_now().await;
+            market.0.closed.fetch_add(1, Ordering::Relaxed);
+        })
+    }
 }
 
 type Lot = Mutex<Vec<u8>>;
@@ -99,6 +111,11 @@ impl Lender for Owner {
         let sums = pieces.iter().map(|parts| parts.iter().map(sum).fold(0, u64::wrapping_add));
         Ok(Some(sums.collect()))
     }
+
+    fn close(&self) -> BoxFuture<'static, ()> {
+        assert!(self.lent.is_none(), "closed before it is taken back");
+        self.market.close_one()
+    }
 }
 
 impl Reach for Market {
@@ -112,6 +129,10 @@ impl Reach for Market {
             Ok(Arc::new(Hand { lot, garbles, market }) as Arc<dyn Reached>)
         };
         terms.iter().map(reach).collect()
+    }
+
+    fn close(&self) -> BoxFuture<'static, ()> {
+        self.close_one()
     }
 }
 
@@ -297,6 +318,20 @@ impl Group {
                 Err(errors)
             }
         }
+    }
+
+    /// Finalizes all ranks. Returns how many have ended what the transport does for them.
+    pub(crate) fn finalize(self) -> usize {
+        let Self { trainers, rollouts, market, .. } = self;
+        futures::executor::block_on(async {
+            for trainer in trainers {
+                Box::new(trainer).finalize().await.unwrap();
+            }
+            for rollout in rollouts {
+                rollout.finalize().await.unwrap();
+            }
+        });
+        market.0.closed.load(Ordering::Relaxed)
     }
 
     /// Compares every element of every box, and every scale.
