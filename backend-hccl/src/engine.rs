@@ -56,7 +56,7 @@ pub(crate) struct HcclLibrary {
 pub(crate) async fn prepare_trainer(context: EngineContext) -> Result<PreparedTrainer> {
     let (library, options) = library(&context)?;
     if library.options.placed {
-        return collective::prepare_placed_trainer(library, context).await;
+        return collective::prepare_placed_trainer(library, context, None).await;
     }
     CollectiveEngine::prepare_trainer(library, context, options).await
 }

@@ -31,9 +31,8 @@ const LEAST: u64 = 64 << 10;
 const TURN: usize = 0;
 const COUNT: usize = 4;
 /// Where its runs begin, and behind them its bytes.
-const RUN: usize = 16;
 const HEADER: usize = 64;
-const BYTES: usize = HEADER + RUNS * RUN;
+const BYTES: usize = HEADER + RUNS * Run::BYTES;
 
 /// It is the trainer's turn.
 const EMPTY: u32 = 0;
@@ -201,13 +200,8 @@ fn take_parcels(shape: Shape, memory: &Mapping, to: &dyn Scatter, stop: &AtomicB
 
 fn take_parcel(shape: Shape, memory: &Mapping, slot: usize, to: &dyn Scatter) -> Result<()> {
     let count = memory.word(slot + COUNT).load(Ordering::Relaxed) as usize;
-    let (runs, _) = memory.full(slot + HEADER, count.min(RUNS) * RUN).as_chunks::<RUN>();
-    let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
-    let run = |bytes: &[u8; RUN]| {
-        let (at, len) = bytes.split_at(RUN / 2);
-        Run { at: number(at), len: number(len) }
-    };
-    let runs: Vec<Run> = runs.iter().map(run).collect();
+    let runs = memory.full(slot + HEADER, count.min(RUNS) * Run::BYTES);
+    let runs: Vec<Run> = runs.as_chunks().0.iter().map(Run::of_bytes).collect();
     to.scatter(&runs, memory.full(slot + BYTES, shape.slot_bytes))
 }
 
@@ -310,9 +304,8 @@ impl Carrier for Lane {
         let slot = self.slots[room.number];
         let mut at = slot + HEADER;
         for run in runs {
-            self.memory.put(at, &run.at.to_le_bytes());
-            self.memory.put(at + RUN / 2, &run.len.to_le_bytes());
-            at += RUN;
+            self.memory.put(at, &run.to_bytes());
+            at += Run::BYTES;
         }
         self.memory.word(slot + COUNT).store(runs.len() as u32, Ordering::Relaxed);
         self.filled.fetch_add(1, Ordering::Relaxed);

@@ -145,7 +145,8 @@ impl Backend for NcclBackend {
     async fn prepare_trainer(&self, context: EngineContext) -> Result<PreparedTrainer> {
         let Configured { library, options, placed } = Configured::of(&context)?;
         if placed {
-            return collective::prepare_placed_trainer(library, context).await;
+            let encoder = placed::encoder(&context)?;
+            return collective::prepare_placed_trainer(library, context, Some(encoder)).await;
         }
         CollectiveEngine::prepare_trainer(library, context, options).await
     }

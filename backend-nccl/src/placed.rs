@@ -1,23 +1,26 @@
-//! Rollouts of placed updates: tensors on a GPU, to which parcels are scattered by kernels.
+//! Placed updates of tensors on GPUs: trainers gather parcels by kernels from what they have encoded, and rollouts scatter them by kernels.
 
 use std::sync::Arc;
 
-use ::placed::cuda::{CudaKernels, bytes_of, lay_out_tensors};
-use ::placed::parcels::Run;
-use ::placed::{Layout, LentBytes, LentTensor, PlacedRollout, Wanted};
-use collective::Tensors;
-use device_cuda::{CudaMemory, CudaSpace, Device};
-use engine_core::{EngineContext, Error, ErrorKind, Prepared, Result, Storage};
+use std::any::Any;
+
+use ::placed::cuda::{Carries, CudaKernels, Reads, WindowEncoder, bytes_of, lay_out_tensors};
+use ::placed::parcels::{Gathered, Run};
+use ::placed::{Encoder, Layout, LentBytes, LentTensor, PlacedRollout, Reached, Wanted};
+use collective::{ParcelsTo, Tensors};
+use device_cuda::{CudaMemory, CudaSlice, CudaSpace, Device};
+use engine_core::{EngineContext, Error, ErrorKind, Prepared, Rank, Result, Storage};
 use quant_fp8::StridedPart;
 
 use crate::Configured;
+use crate::comm::Nccl;
 use crate::library::memory_of;
 
 const LENDING: &str = "lending tensors";
 
 /// Prepares a rollout that lends its tensors, which are on its GPU. Each trainer that has a part of them forms a group of two with it.
 ///
-/// Its trainers need the option `placed` of this transport. What they hold on their own GPU is encoded by the CPU.
+/// Its trainers need the option `placed` of this transport. What they hold on their own GPU is encoded there.
 ///
 /// # Errors
 ///
@@ -71,6 +74,65 @@ fn prepare(
 ) -> Result<Prepared<PlacedRollout>> {
     let Configured { library, .. } = Configured::of(&context)?;
     collective::prepare_placed_rollout(library, context, layout, Arc::new(tensors))
+}
+
+/// What encodes weights on a trainer's GPU.
+///
+/// # Errors
+///
+/// `Config` for a `device` that is no GPU; those of the device.
+pub(crate) fn encoder(context: &EngineContext) -> Result<Box<dyn Encoder>> {
+    let device = device_of(context)?;
+    let parcels = Parcels(CudaKernels::new(&device)?);
+    Ok(Box::new(WindowEncoder::new(&device, parcels, context.deadline())?))
+}
+
+/// What is encoded is gathered into parcels.
+#[derive(Debug)]
+struct Parcels(CudaKernels);
+
+impl Carries for Parcels {
+    type Target = ParcelsTo<Nccl>;
+    type Memory = Storage;
+
+    fn target<'a>(&self, to: &'a dyn Reached) -> Option<&'a ParcelsTo<Nccl>> {
+        let to: &dyn Any = to;
+        to.downcast_ref()
+    }
+
+    fn rank(&self, target: &ParcelsTo<Nccl>) -> Rank {
+        target.rank()
+    }
+
+    fn check(&self, target: &ParcelsTo<Nccl>) -> Result<()> {
+        target.check()
+    }
+
+    fn memory(&self, memory: &CudaMemory) -> Result<Storage> {
+        Ok(memory.all().storage())
+    }
+
+    /// When it returns, the memory is not read any more: the bytes are in slots.
+    fn carry(
+        &self,
+        target: &ParcelsTo<Nccl>,
+        memory: &Storage,
+        runs: &[Gathered],
+        _: &dyn Fn() -> Reads,
+    ) -> Result<()> {
+        target.carry(runs, |runs, parcel| {
+            let slot = CudaSlice::of_storage(parcel).ok_or_else(|| {
+                let message = "the slots of this transport are not on a GPU";
+                Error::new(ErrorKind::State, "gathering a parcel", message)
+            })?;
+            let room = CudaSpace::new(self.0.device(), [(0, slot)])?;
+            self.0.gather(runs, memory, &room)
+        })
+    }
+
+    fn arrived(&self, target: &ParcelsTo<Nccl>) -> Result<()> {
+        target.arrived()
+    }
 }
 
 /// A rollout's tensors on its GPU.

@@ -25,8 +25,6 @@ mod reach;
 mod staging;
 #[cfg(test)]
 mod tests;
-#[cfg(feature = "cuda")]
-mod windows;
 mod writer;
 
 use std::time::Duration;

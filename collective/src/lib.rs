@@ -37,7 +37,8 @@ pub use engine::{CollectiveEngine, CollectiveOptions};
 pub use memory::MemorySlots;
 pub use parts::build_topology;
 pub use placed::{
-    Tensors, host_tensors, own_host_tensors, prepare_placed_rollout, prepare_placed_trainer,
+    ParcelsTo, Tensors, host_tensors, own_host_tensors, prepare_placed_rollout,
+    prepare_placed_trainer,
 };
 pub use thread::{Thread, Wait};
 

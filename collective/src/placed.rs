@@ -5,7 +5,7 @@
 //! ```text
 //! trainer                                   rollout
 //!   head: a parcel of so many bytes ─────▶
-//!   bytes and runs                  ─────▶  scatter
+//!   bytes, and behind them runs     ─────▶  scatter
 //!   …
 //!   head: what became of them?      ─────▶
 //!                                   ◀─────  answer, when all are scattered
@@ -26,8 +26,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ::placed::parcels::{Carrier, Packing, RUNS, Room, Run};
-use ::placed::{Layout, Lender, LentBytes, PlacedRollout, Reach, Reached};
+use ::placed::parcels::{Carrier, Gathered, Packing, RUNS, Room, Run, cut};
+use ::placed::{Encoder, Layout, Lender, LentBytes, PlacedRollout, Reach, Reached};
 use bytes::Bytes;
 use engine_core::memory::{Job, Pool};
 use engine_core::plan::ALIGNMENT;
@@ -55,9 +55,8 @@ const LEAST: u64 = 256 << 10;
 /// The places of members.
 const ROLLOUT: u32 = 0;
 const TRAINER: u32 = 1;
-/// The bytes of a head or an answer, and of a run behind the bytes of a parcel.
+/// The bytes of a head or an answer.
 const HEAD: usize = 64;
-const RUN: usize = 16;
 /// How long a rank has to come to its last head after an update has ended, before its group is given up.
 const GRACE: Duration = Duration::from_secs(1);
 /// How often broadcasts are looked at without a pause, and the pause then.
@@ -102,6 +101,11 @@ pub trait Tensors: fmt::Debug + Send + Sync + 'static {
     ) -> Result<Option<Vec<u64>>> {
         Ok(None)
     }
+}
+
+/// Where the runs are in a slot, behind so many bytes of a parcel; `None` if there is no such place.
+fn runs_at(bytes: u64) -> Option<u64> {
+    bytes.checked_add(HEAD as u64)?.checked_next_multiple_of(ALIGNMENT)
 }
 
 /// What a head says.
@@ -314,12 +318,15 @@ impl<C: Communicator> Ends<C> {
         })
     }
 
-    /// Puts bytes at the beginning of a slot.
-    fn fill(&self, slot: u32, bytes: Vec<u8>) -> Result<()> {
-        let len = bytes.len() as u64;
-        let weight = Weight::new("a parcel", DType::U8, [len], bytes)?;
-        let job = Job { weight, start: 0, len, offset: 0 };
-        block_on(self.slots.fill(self.lock(slot)?, vec![job], &self.pool, false)).map(drop)
+    /// Puts bytes into a slot, at multiples of 256.
+    fn fill(&self, slot: u32, parts: impl IntoIterator<Item = (u64, Vec<u8>)>) -> Result<()> {
+        let jobs = parts.into_iter().map(|(offset, bytes)| {
+            let len = bytes.len() as u64;
+            let weight = Weight::new("a parcel", DType::U8, [len], bytes)?;
+            Ok(Job { weight, start: 0, len, offset })
+        });
+        let jobs = jobs.collect::<Result<Vec<_>>>()?;
+        block_on(self.slots.fill(self.lock(slot)?, jobs, &self.pool, false)).map(drop)
     }
 
     /// The first bytes of a slot.
@@ -360,9 +367,10 @@ impl<C: Communicator> Ends<C> {
         }
     }
 
-    /// The most bytes of a parcel.
-    fn parcel_bytes(&self) -> usize {
-        self.slot_bytes as usize - HEAD - RUNS * RUN
+    /// The most bytes of a parcel: a multiple of 256 that leaves room for its head and its runs.
+    fn parcel_bytes(&self) -> u64 {
+        let bytes = self.slot_bytes - (RUNS * Run::BYTES) as u64;
+        bytes / ALIGNMENT * ALIGNMENT - ALIGNMENT
     }
 }
 
@@ -404,14 +412,18 @@ impl<C: Communicator> ToRollout<C> {
         done.map_err(|error| error.rank(self.rollout))
     }
 
-    /// Sends a head, with what is behind it in the slot. Returns the slot.
-    fn send(&self, state: &mut Sent, head: Head, mut all: Vec<u8>, limit: Duration) -> Result<u32> {
+    /// Sends a head, and of the next slot so many bytes, which `fill` puts there. Returns the slot.
+    fn send(
+        &self,
+        state: &mut Sent,
+        len: u64,
+        limit: Duration,
+        fill: impl FnOnce(u32) -> Result<()>,
+    ) -> Result<u32> {
         let (Self { ends, pair, .. }, number) = (self, state.heads % SLOTS);
         let slot = pair.slot(number);
         ends.wait(pair, state.last[number as usize], limit)?;
-        let len = all.len() as u64;
-        all[..HEAD].copy_from_slice(&head.to_bytes());
-        ends.fill(slot, all)?;
+        fill(slot)?;
         state.heads = state.heads.wrapping_add(1);
         let mut last = ends.broadcast(pair, TRAINER, slot, 0..HEAD as u64)?;
         if len > HEAD as u64 {
@@ -420,28 +432,53 @@ impl<C: Communicator> ToRollout<C> {
         state.last[number as usize] = last;
         Ok(slot)
     }
+
+    /// Sends a head with nothing behind it.
+    fn send_head(&self, state: &mut Sent, head: Head, limit: Duration) -> Result<u32> {
+        let fill = |slot| self.ends.fill(slot, [(0, head.to_bytes().to_vec())]);
+        self.send(state, HEAD as u64, limit, fill)
+    }
+
+    /// Sends a parcel of so many bytes. `fill` puts the head, the runs and their place into a slot, and the parcel's bytes.
+    fn send_parcel(
+        &self,
+        bytes: u64,
+        runs: &[Run],
+        fill: impl FnOnce(u32, Head, (u64, Vec<u8>)) -> Result<()>,
+    ) -> Result<()> {
+        let head = Head::Parcel { bytes, runs: runs.len() as u64 };
+        let runs: Vec<u8> = runs.iter().flat_map(|run| run.to_bytes()).collect();
+        let at = runs_at(bytes).ok_or_else(|| {
+            let message = format!("a parcel of {bytes} bytes");
+            Error::new(ErrorKind::State, USING, message)
+        })?;
+        let len = at + runs.len() as u64;
+        let fill = |slot| fill(slot, head, (at, runs));
+        self.say(|state| self.send(state, len, self.ends.limit, fill).map(drop))
+    }
 }
 
 impl<C: Communicator> Carrier for ToRollout<C> {
     type Room = Buffer;
 
     fn room(&self) -> Result<Buffer> {
-        Ok(Buffer(vec![0; HEAD + self.ends.parcel_bytes()]))
+        Ok(Buffer(vec![0; HEAD + self.ends.parcel_bytes() as usize]))
     }
 
     fn send(&self, room: Buffer, runs: &[Run]) -> Result<()> {
-        let bytes: u64 = runs.iter().map(|run| run.len).sum();
+        let bytes: u64 = runs.iter().filter_map(Run::bytes).sum();
         let Buffer(mut all) = room;
         all.truncate(HEAD + bytes as usize);
-        all.extend(runs.iter().flat_map(|run| [run.at, run.len]).flat_map(u64::to_le_bytes));
-        let head = Head::Parcel { bytes, runs: runs.len() as u64 };
-        self.say(|state| self.send(state, head, all, self.ends.limit).map(drop))
+        self.send_parcel(bytes, runs, |slot, head, runs| {
+            all[..HEAD].copy_from_slice(&head.to_bytes());
+            self.ends.fill(slot, [(0, all), runs])
+        })
     }
 
     fn wait(&self) -> Result<()> {
         self.say(|state| {
             let (ends, pair) = (&self.ends, &*self.pair);
-            let slot = self.send(state, Head::Ask, vec![0; HEAD], ends.limit)?;
+            let slot = self.send_head(state, Head::Ask, ends.limit)?;
             let answer = ends.broadcast(pair, ROLLOUT, slot, 0..HEAD as u64)?;
             ends.wait(pair, answer, ends.limit)?;
             let answer = ends.view(slot, HEAD as u64)?.to_host()?;
@@ -461,7 +498,7 @@ impl<C: Communicator> Drop for ToRollout<C> {
     fn drop(&mut self) {
         let limit = GRACE.min(self.ends.limit);
         let ended = self.say(|state| {
-            self.send(state, Head::End, vec![0; HEAD], limit)?;
+            self.send_head(state, Head::End, limit)?;
             let last = self.pair.begun.load(Ordering::Relaxed);
             self.ends.wait(&self.pair, last, limit)
         });
@@ -486,11 +523,60 @@ impl Room for Buffer {
     }
 }
 
-/// What a trainer may write to.
+/// A rollout's tensors at a trainer, while it may write there.
 #[derive(Debug)]
-struct Holding<C: Communicator>(Packing<ToRollout<C>>);
+pub struct ParcelsTo<C: Communicator>(Packing<ToRollout<C>>);
 
-impl<C: Communicator> Reached for Holding<C> {
+impl<C: Communicator> ParcelsTo<C> {
+    /// The rollout.
+    pub fn rank(&self) -> Rank {
+        self.0.carrier().rollout
+    }
+
+    /// Whether parcels still get there.
+    ///
+    /// # Errors
+    ///
+    /// `PeerLost` after a failure.
+    pub fn check(&self) -> Result<()> {
+        self.0.carrier().say(|_| Ok(()))
+    }
+
+    /// Sends runs of this rank's memory. `gather` copies the runs of a parcel to the memory of its slot, one behind the other, and returns when
+    /// they are there.
+    ///
+    /// # Errors
+    ///
+    /// Those of `gather` and of the library, which name the rollout.
+    pub fn carry(
+        &self,
+        runs: &[Gathered],
+        gather: impl Fn(&[Gathered], &Storage) -> Result<()>,
+    ) -> Result<()> {
+        let carrier = self.0.carrier();
+        let ends = &carrier.ends;
+        cut(runs, ends.parcel_bytes()).iter().try_for_each(|parcel| {
+            let runs: Vec<Run> = parcel.iter().map(|gathered| gathered.run).collect();
+            let bytes: u64 = runs.iter().filter_map(Run::bytes).sum();
+            carrier.send_parcel(bytes, &runs, |slot, head, runs| {
+                ends.fill(slot, [(0, head.to_bytes().to_vec()), runs])?;
+                let end = HEAD as u64 + bytes;
+                gather(parcel, &ends.view(slot, end)?.slice(HEAD as u64..end))
+            })
+        })
+    }
+
+    /// Waits until the rollout has scattered all parcels.
+    ///
+    /// # Errors
+    ///
+    /// `Protocol` if it has refused one; those of the library. All name the rollout.
+    pub fn arrived(&self) -> Result<()> {
+        self.0.carrier().wait()
+    }
+}
+
+impl<C: Communicator> Reached for ParcelsTo<C> {
     fn put(&self, at: u64, bytes: &[u8]) -> Result<()> {
         self.0.put(at, bytes)
     }
@@ -502,11 +588,14 @@ impl<C: Communicator> Reached for Holding<C> {
 
 /// How a trainer reaches rollouts.
 #[derive(Debug)]
-struct Broadcasts<C: Communicator>(Arc<Ends<C>>);
+struct Broadcasts<C: Communicator> {
+    ends: Arc<Ends<C>>,
+    encoder: Option<Box<dyn Encoder>>,
+}
 
 impl<C: Communicator> Reach for Broadcasts<C> {
     fn reach(&self, terms: &[(Rank, Bytes)]) -> Result<Vec<Arc<dyn Reached>>> {
-        let ends = &self.0;
+        let ends = &self.ends;
         let ranks: Vec<Rank> = terms.iter().map(|(rank, _)| *rank).collect();
         ends.keep(&ranks)?;
         // In the order in which all ranks join.
@@ -541,14 +630,18 @@ impl<C: Communicator> Reach for Broadcasts<C> {
             };
             let state = Mutex::default();
             let to = ToRollout { ends: ends.clone(), rollout, pair, state };
-            reached.insert(rollout, Arc::new(Holding(Packing::new(to))));
+            reached.insert(rollout, Arc::new(ParcelsTo(Packing::new(to))));
         }
         let found = terms.iter().filter_map(|(rank, _)| reached.get(rank).cloned());
         Ok(found.collect())
     }
 
+    fn encoder(&self) -> Option<&dyn Encoder> {
+        self.encoder.as_deref()
+    }
+
     fn close(&self) -> BoxFuture<'static, ()> {
-        self.0.close()
+        self.ends.close()
     }
 }
 
@@ -771,9 +864,8 @@ impl<C: Communicator> Taker<C> {
                 let head = ends.view(slot, HEAD as u64)?.to_host()?;
                 match Head::of(&head) {
                     Some(Head::Parcel { bytes, runs }) => {
-                        let all = runs.checked_mul(RUN as u64);
-                        let all =
-                            all.and_then(|all| all.checked_add(bytes)?.checked_add(HEAD as u64));
+                        let all = runs.checked_mul(Run::BYTES as u64);
+                        let all = all.and_then(|all| runs_at(bytes)?.checked_add(all));
                         let end = all.filter(|end| *end <= ends.slot_bytes && *end > HEAD as u64);
                         let end = end.ok_or_else(|| broken("a parcel of another size"))?;
                         let part = HEAD as u64..end;
@@ -783,7 +875,7 @@ impl<C: Communicator> Taker<C> {
                     }
                     Some(Head::Ask) => {
                         let scattered = !self.refused.contains(&from.pair.lane);
-                        ends.fill(slot, Head::Answer { scattered }.to_bytes().to_vec())?;
+                        ends.fill(slot, [(0, Head::Answer { scattered }.to_bytes().to_vec())])?;
                         from.until = ends.broadcast(&from.pair, ROLLOUT, slot, 0..HEAD as u64)?;
                         from.step = Step::Answered { slot };
                         Ok(())
@@ -799,14 +891,10 @@ impl<C: Communicator> Taker<C> {
                 // The next one comes to the other slot meanwhile.
                 self.expect_head(from, slot + 1)?;
                 let (start, end) = (HEAD as u64, HEAD as u64 + bytes);
-                let all = self.ends.view(slot, end + runs * RUN as u64)?;
-                let runs = all.slice(end..end + runs * RUN as u64).to_host()?;
-                let number = |word: &[u8]| word.try_into().map_or(0, u64::from_le_bytes);
-                let run = |words: &[u8; RUN]| {
-                    let (at, len) = words.split_at(RUN / 2);
-                    Run { at: number(at), len: number(len) }
-                };
-                let runs: Vec<Run> = runs.as_chunks().0.iter().map(run).collect();
+                let at = runs_at(bytes).unwrap_or(end);
+                let all = self.ends.view(slot, at + runs * Run::BYTES as u64)?;
+                let runs = all.slice(at..all.len()).to_host()?;
+                let runs: Vec<Run> = runs.as_chunks().0.iter().map(Run::of_bytes).collect();
                 if let Err(error) = self.memory.scatter(&runs, &all.slice(start..end)) {
                     warn!(%error, trainer = %from.trainer, "a parcel is refused");
                     self.refused.insert(from.pair.lane);
@@ -819,7 +907,7 @@ impl<C: Communicator> Taker<C> {
     }
 }
 
-/// Prepares a trainer of placed updates over a library.
+/// Prepares a trainer of placed updates over a library. The CPU encodes what `encoder` does not take.
 ///
 /// # Errors
 ///
@@ -827,10 +915,12 @@ impl<C: Communicator> Taker<C> {
 pub async fn prepare_placed_trainer<L: Library>(
     library: L,
     context: EngineContext,
+    encoder: Option<Box<dyn Encoder>>,
 ) -> Result<PreparedTrainer> {
     let rank = context.require_control()?.rank();
     let ends = Ends::open(&library, &context, rank).await?;
-    ::placed::prepare_trainer(library.name(), context, Arc::new(Broadcasts(Arc::new(ends))))
+    let reach = Broadcasts { ends: Arc::new(ends), encoder };
+    ::placed::prepare_trainer(library.name(), context, Arc::new(reach))
 }
 
 /// Prepares a rollout of placed updates over a library, whose tensors have this layout. The library is opened when it joins its group.
@@ -992,7 +1082,7 @@ mod tests {
         let library = Fake { _kept: kept.clone(), ..Fake::default() };
         let ends = Arc::new(ends(library).await);
         assert_eq!(Arc::strong_count(&kept), 2);
-        Broadcasts(ends.clone()).close().await;
+        Broadcasts { ends: ends.clone(), encoder: None }.close().await;
         assert_eq!(Arc::strong_count(&kept), 1);
         assert_eq!(ends.ended(vec![0]).unwrap_err().kind(), ErrorKind::State);
         // Both sides may have it closed.

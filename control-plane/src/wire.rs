@@ -631,7 +631,7 @@ mod tests {
             frame.encode(&mut bytes).unwrap();
             bytes.to_vec()
         };
-        assert_eq!(PROTOCOL_VERSION, 13);
+        assert_eq!(PROTOCOL_VERSION, 14);
         for (patient, kind) in [(false, 0), (true, 4)] {
             let message = message(ChannelId(0x0102), b"x", patient);
             assert_eq!(encoded(message), [0, 0, 0, 4, kind, 1, 2, b'x']);

@@ -146,7 +146,7 @@ mod tests {
             let tensor = tensor(0, &head, &[]).expect("a tensor");
             tensor.contiguous_bytes().expect("bytes").to_vec()
         };
-        assert_eq!(PROTOCOL_VERSION, 13);
+        assert_eq!(PROTOCOL_VERSION, 14);
         assert_eq!(encoded(Head::Begin { of: None, base: 300 }), [4, 0, 0, 0, 0, 0, 0xac, 2]);
         let of = Some("d".to_owned());
         assert_eq!(encoded(Head::Begin { of, base: 3 }), [5, 0, 0, 0, 0, 1, 1, b'd', 3]);

@@ -12,7 +12,7 @@ use crate::{Error, ErrorReport, Rank, RankSet, Result};
 
 /// The version of what ranks say to one another: of the connection's frames, and of the messages of updates. Peers of
 /// different versions refuse each other.
-pub const PROTOCOL_VERSION: u32 = 13;
+pub const PROTOCOL_VERSION: u32 = 14;
 
 /// What a process of the group does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

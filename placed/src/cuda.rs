@@ -1,6 +1,9 @@
 //! What transports share for memory of CUDA devices: where a rollout's tensors lie in what it lends, the digests of that, and the kernels
 //! with which trainers encode.
 
+mod encoder;
+mod windows;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,9 +13,11 @@ use engine_core::{Error, ErrorKind, Result, Storage, Weight};
 use quant_fp8::{Fp8Format, SourceType, StridedPart, Strides};
 
 use crate::memory::{Encoded, LentBytes, Written};
-use crate::parcels::{Run, SCATTERING, places as places_of};
+use crate::parcels::{Gathered, Run, SCATTERING, places as places_of};
 use crate::rollout::Layout;
 use crate::tensors::{LENDING, LentTensor};
+
+pub use encoder::{Carries, Reads, WindowEncoder};
 
 /// Memory of a device in which tensors are that a rollout lends.
 #[derive(Debug)]
@@ -177,36 +182,58 @@ impl CudaKernels {
     ///
     /// `Protocol` for runs that are longer than the parcel or not in the memory; those of [`Placer::write`].
     pub fn scatter(&self, runs: &[Run], parcel: &Storage, to: &CudaSpace) -> Result<()> {
-        let mut parts: Vec<Arc<[StridedPart]>> = Vec::with_capacity(runs.len());
+        let mut copies = Vec::with_capacity(runs.len());
         for place in places_of(runs, parcel.len()) {
-            let (mut from, Run { mut at, len }) = place?;
-            let mut left = len;
-            // Slices may be neighbours. A job is in one of them.
-            while left > 0 {
-                let here = to.rest(at).min(left);
-                if here == 0 {
-                    let message = format!("the byte at {at} is in no tensor that is lent");
-                    return Err(Error::new(ErrorKind::Protocol, SCATTERING, message));
+            let (from, run) = place?;
+            let all = run.stride * (run.rows - 1) + run.len;
+            if to.rest(run.at) >= all {
+                copies.push(copy(Strides::rows(from, run.len), run));
+                continue;
+            }
+            for row in 0..run.rows {
+                let (mut from, mut at) = (from + row * run.len, run.at + row * run.stride);
+                let mut left = run.len;
+                // Slices may be neighbours. A job is in one of them.
+                while left > 0 {
+                    let here = to.rest(at).min(left);
+                    if here == 0 {
+                        let message = format!("the byte at {at} is in no tensor that is lent");
+                        return Err(Error::new(ErrorKind::Protocol, SCATTERING, message));
+                    }
+                    copies.push(copy(Strides::rows(from, here), Run::together(at, here)));
+                    (from, at, left) = (from + here, at + here, left - here);
                 }
-                let row = |at| Strides { at, matrix: here, row: here };
-                let (from_here, to_here, extent) = (row(from), row(at), [1, 1, here]);
-                parts.push(
-                    [StridedPart {
-                        from: from_here,
-                        to: to_here,
-                        extent,
-                        element: 1,
-                        blocks: None,
-                    }]
-                    .into(),
-                );
-                (from, at, left) = (from + here, at + here, left - here);
             }
         }
-        let job = |parts| Write { source: parcel, ty: None, parts, to, known: None };
+        self.copy(&copies, parcel, to)
+    }
+
+    /// Copies runs of memory of the device to a parcel there, one behind the other, by one launch. Returns when they are there.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Placer::write`], also for runs that are not in the memory.
+    pub fn gather(&self, runs: &[Gathered], memory: &Storage, parcel: &CudaSpace) -> Result<()> {
+        let mut at = 0;
+        let copies = runs.iter().map(|Gathered { run, from }| {
+            let to = Run { at, stride: run.len, ..*run };
+            at += run.rows * run.len;
+            copy(Strides::rows(*from, run.stride), to)
+        });
+        self.copy(&copies.collect::<Vec<_>>(), memory, parcel)
+    }
+
+    fn copy(&self, parts: &[Arc<[StridedPart]>], source: &Storage, to: &CudaSpace) -> Result<()> {
+        let job = |parts| Write { source, ty: None, parts, to, known: None };
         let jobs: Vec<Write<'_>> = parts.iter().map(job).collect();
         self.placer().write(&jobs, || Ok(())).map(drop)
     }
+}
+
+/// The copy of rows to those of a run.
+fn copy(from: Strides, to: Run) -> Arc<[StridedPart]> {
+    let (to, extent) = (Strides::rows(to.at, to.stride), [1, to.rows, to.len]);
+    [StridedPart { from, to, extent, element: 1, blocks: None }].into()
 }
 
 /// As [`Lender::bytes`](crate::Lender::bytes); `None` for bytes that are not in one piece of the memory.

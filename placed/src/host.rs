@@ -178,9 +178,12 @@ impl HostTensors {
 impl Scatter for HostTensors {
     fn scatter(&self, runs: &[Run], parcel: &[u8]) -> Result<()> {
         for place in places(runs, parcel.len() as u64) {
-            let (from, Run { at, len }) = place?;
-            // `places` has made sure that they are within the parcel.
-            self.write(at, &parcel[from as usize..(from + len) as usize])?;
+            let (from, Run { at, len, rows, stride }) = place?;
+            for row in 0..rows {
+                // `places` has made sure that they are within the parcel.
+                let from = (from + row * len) as usize;
+                self.write(at + row * stride, &parcel[from..from + len as usize])?;
+            }
         }
         Ok(())
     }
@@ -253,7 +256,7 @@ mod tests {
         let tensors = unsafe { HostTensors::new([(16, one), (24, other)]) };
         let parcel: Vec<u8> = (1..=10).collect();
         // The second run is in both.
-        let runs = [Run { at: 17, len: 2 }, Run { at: 20, len: 8 }];
+        let runs = [Run { at: 17, len: 1, rows: 2, stride: 1 }, Run::together(20, 8)];
         tensors.scatter(&runs, &parcel).expect("places");
         let bytes = |at, len| match tensors.bytes(at, len).expect("a tensor") {
             LentBytes::Host(bytes) => bytes.to_vec(),
@@ -263,7 +266,7 @@ mod tests {
         assert_eq!(bytes(24, 4), [7, 8, 9, 10]);
         for outside in [0, 15, 27, 28, u64::MAX - 1] {
             let error =
-                tensors.scatter(&[Run { at: outside, len: 2 }], &parcel).expect_err("no place");
+                tensors.scatter(&[Run::together(outside, 2)], &parcel).expect_err("no place");
             assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
         }
     }

@@ -219,6 +219,6 @@ mod tests {
             all.extend(bytes);
         }
         let sum = engine_core::digest::sum(0, &all);
-        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (13, 275, 12_931_500_594_042_171_570));
+        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (14, 275, 12_931_500_594_042_171_570));
     }
 }

@@ -9,13 +9,113 @@ use engine_core::{Error, ErrorKind, Result};
 /// The most runs of a parcel.
 pub const RUNS: usize = 2048;
 
-/// Bytes of a parcel that lie together at the rollout, too. They follow those of the run before in the parcel.
+/// Rows of bytes that belong at equal distances in what is lent. In the parcel they follow one another, behind those of the run before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// Their offset in what is lent.
+    /// The offset of the first row in what is lent.
     pub at: u64,
-    /// Their number.
+    /// The bytes of a row.
     pub len: u64,
+    /// The number of rows.
+    pub rows: u64,
+    /// How far the beginning of a row is behind that of the row before.
+    pub stride: u64,
+}
+
+impl Run {
+    /// Bytes of its own form.
+    pub const BYTES: usize = 32;
+
+    /// Bytes that lie together.
+    pub fn together(at: u64, len: u64) -> Self {
+        Self { at, len, rows: 1, stride: len }
+    }
+
+    /// All of its bytes; `None` if these are none, or not all of their offsets are numbers of 64 bits.
+    pub fn bytes(&self) -> Option<u64> {
+        let Self { at, len, rows, stride } = *self;
+        let last = rows.checked_sub(1)?.checked_mul(stride)?.checked_add(at)?;
+        last.checked_add(len)?;
+        len.checked_mul(rows).filter(|bytes| *bytes > 0)
+    }
+
+    /// Whether more bytes continue it, which it then has. A single row grows, or begins a row like it behind itself.
+    pub(crate) fn takes(&mut self, at: u64, len: u64) -> bool {
+        let Self { at: first, len: own, rows, stride } = *self;
+        if rows == 1 && first + own == at {
+            *self = Self::together(first, own + len);
+            return true;
+        }
+        let is_next = own == len
+            && match rows {
+                1 => at > first + own,
+                _ => at == first + rows * stride,
+            };
+        if is_next {
+            *self = Self { rows: rows + 1, stride: (at - first) / rows, ..*self };
+        }
+        is_next
+    }
+
+    /// Its form in a parcel.
+    pub fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut all = [0; Self::BYTES];
+        let words = [self.at, self.len, self.rows, self.stride];
+        for (to, word) in all.as_chunks_mut().0.iter_mut().zip(words) {
+            *to = u64::to_le_bytes(word);
+        }
+        all
+    }
+
+    /// The run that has this form, which comes from another process.
+    pub fn of_bytes(bytes: &[u8; Self::BYTES]) -> Self {
+        let (words, _) = bytes.as_chunks();
+        let word = |number: usize| words.get(number).map_or(0, |word| u64::from_le_bytes(*word));
+        Self { at: word(0), len: word(1), rows: word(2), stride: word(3) }
+    }
+}
+
+/// A run, and where its rows are in a trainer's memory, at the same distances.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gathered {
+    /// What belongs together at the rollout.
+    pub run: Run,
+    /// The offset of its first row in the trainer's memory.
+    pub from: u64,
+}
+
+/// Cuts runs into parcels of at most so many bytes, a multiple of 256, and [`RUNS`].
+pub fn cut(runs: &[Gathered], most: u64) -> Vec<Vec<Gathered>> {
+    let (mut parcels, mut parcel, mut left) = (Vec::new(), Vec::new(), most);
+    let mut rest: Vec<Gathered> = runs.iter().rev().copied().collect();
+    while let Some(next) = rest.pop() {
+        let Gathered { run: Run { at, len, rows, stride }, from } = next;
+        if len == 0 || rows == 0 {
+            continue;
+        }
+        let (whole, is_full) = ((left / len).min(rows), parcel.len() == RUNS);
+        let behind = |rows: u64| Gathered {
+            run: Run { at: at + rows * stride, rows: next.run.rows - rows, ..next.run },
+            from: from + rows * stride,
+        };
+        if whole > 0 && !is_full {
+            parcel.push(Gathered { run: Run { rows: whole, ..next.run }, from });
+            left -= whole * len;
+            rest.extend((whole < rows).then(|| behind(whole)));
+        } else if parcel.is_empty() {
+            // A row that is longer than a parcel.
+            parcel.push(Gathered { run: Run::together(at, most), from });
+            rest.extend((rows > 1).then(|| behind(1)));
+            rest.push(Gathered { run: Run::together(at + most, len - most), from: from + most });
+            left = 0;
+        } else {
+            parcels.push(std::mem::take(&mut parcel));
+            rest.push(next);
+            left = most;
+        }
+    }
+    parcels.extend((!parcel.is_empty()).then_some(parcel));
+    parcels
 }
 
 /// Memory for the bytes of a parcel.
@@ -78,9 +178,8 @@ impl<R: Room> Open<R> {
     /// Adds as many bytes as there is room for, and returns how many.
     fn add(&mut self, at: u64, bytes: &[u8]) -> usize {
         let len = bytes.len().min(self.room.len() - self.used);
-        match self.runs.last_mut().filter(|run| run.at + run.len == at) {
-            Some(run) => run.len += len as u64,
-            None => self.runs.push(Run { at, len: len as u64 }),
+        if !self.runs.last_mut().is_some_and(|run| run.takes(at, len as u64)) {
+            self.runs.push(Run::together(at, len as u64));
         }
         self.room.write(self.used, &bytes[..len]);
         self.used += len;
@@ -160,13 +259,14 @@ pub trait Scatter: fmt::Debug + Send + Sync {
 ///
 /// # Errors
 ///
-/// `Protocol` for a run that ends behind the parcel.
+/// `Protocol` for a run without bytes, and for one that ends behind the parcel.
 pub fn places(runs: &[Run], bytes: u64) -> impl Iterator<Item = Result<(u64, Run)>> + '_ {
     let mut from = 0_u64;
     runs.iter().map(move |run| {
         let start = from;
-        from = from.checked_add(run.len).filter(|end| *end <= bytes).ok_or_else(|| {
-            let message = format!("runs of more than its {bytes} bytes");
+        let end = run.bytes().and_then(|len| from.checked_add(len)).filter(|end| *end <= bytes);
+        from = end.ok_or_else(|| {
+            let message = format!("runs of none or of more than its {bytes} bytes");
             Error::new(ErrorKind::Protocol, SCATTERING, message)
         })?;
         Ok((start, *run))
@@ -202,9 +302,13 @@ mod tests {
         fn scatter(&self, runs: &[Run], parcel: &[u8]) -> Result<()> {
             let mut memory = self.memory.lock().expect("no panic");
             for place in places(runs, parcel.len() as u64) {
-                let (from, Run { at, len }) = place?;
-                let bytes = &parcel[from as usize..(from + len) as usize];
-                memory[at as usize..(at + len) as usize].copy_from_slice(bytes);
+                let (from, run) = place?;
+                for row in 0..run.rows {
+                    let (from, at) =
+                        ((from + row * run.len) as usize, (run.at + row * run.stride) as usize);
+                    let len = run.len as usize;
+                    memory[at..at + len].copy_from_slice(&parcel[from..from + len]);
+                }
             }
             Ok(())
         }
@@ -250,29 +354,100 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_are_one_run_and_a_parcel_has_no_more_runs_than_its_limit() {
-        let rollout = rollout(1 << 16, 1 << 16);
+    fn neighbours_and_rows_are_one_run_and_a_parcel_has_no_more_runs_than_its_limit() {
+        let rollout = rollout(1 << 27, 1 << 16);
         let packing = Packing::new(&rollout);
         for at in 0..16 {
             packing.put(at, &[1]).expect("room");
         }
-        for at in 16..16 + RUNS as u64 {
-            packing.put(at * 2, &[1]).expect("room");
+        for row in 0..9 {
+            packing.put(100 + row * 30, &[2; 7]).expect("room");
+        }
+        // Two of them are rows of a run, unless its first one fills a parcel.
+        for number in 30..30 + 4 * RUNS as u64 {
+            packing.put(number * number, &[1]).expect("room");
         }
         packing.flush().expect("a rollout");
         let sent = rollout.sent.lock().expect("no panic");
-        assert_eq!(sent[0][0], Run { at: 0, len: 16 });
-        assert_eq!([sent[0].len(), sent[1].len()], [RUNS, 1]);
+        assert_eq!(sent[0][0], Run::together(0, 16));
+        assert_eq!(sent[0][1], Run { at: 100, len: 7, rows: 9, stride: 30 });
+        let runs: Vec<usize> = sent.iter().map(Vec::len).collect();
+        assert_eq!(runs, [RUNS, RUNS, 3]);
+    }
+
+    fn any_run() -> impl Strategy<Value = (u64, u64, u64)> {
+        (0_u64..700, 0_u64..5, 0_u64..40)
+    }
+
+    proptest! {
+        #[test]
+        fn runs_are_cut_into_parcels_that_have_each_byte_once_and_are_full(
+            runs in proptest::collection::vec(any_run(), 0..9),
+        ) {
+            let (mut at, mut all) = (0, Vec::new());
+            for (len, rows, gap) in runs {
+                let run = Run { at, len, rows, stride: len + gap };
+                all.push(Gathered { run, from: at + 5 });
+                at += (len + gap) * rows;
+            }
+            let bytes = |runs: &[Gathered]| -> Vec<(u64, u64)> {
+                let mut each = Vec::new();
+                for Gathered { run, from } in runs {
+                    for row in (0..run.rows).map(|row| row * run.stride) {
+                        each.extend((row..row + run.len).map(|byte| (run.at + byte, from + byte)));
+                    }
+                }
+                each
+            };
+            let parcels = cut(&all, 256);
+            let of_parcels: Vec<Vec<(u64, u64)>> = parcels.iter().map(|parcel| bytes(parcel)).collect();
+            let mut once = of_parcels.concat();
+            once.sort_unstable();
+            prop_assert_eq!(once, bytes(&all));
+            for (number, (parcel, bytes)) in parcels.iter().zip(&of_parcels).enumerate() {
+                prop_assert!(!bytes.is_empty() && bytes.len() <= 256 && parcel.len() <= RUNS);
+                // What would still fit is a part of a row at the most.
+                let next = parcels.get(number + 1).and_then(|next| next.first());
+                prop_assert!(next.is_none_or(|next| next.run.len.min(256) + bytes.len() as u64 > 256));
+            }
+        }
+
+        #[test]
+        fn a_run_is_read_as_it_was_written(words in any::<[u64; 4]>()) {
+            let [at, len, rows, stride] = words;
+            let run = Run { at, len, rows, stride };
+            prop_assert_eq!(Run::of_bytes(&run.to_bytes()), run);
+        }
+    }
+
+    /// If this fails, ranks of this version and of older ones misread one another: change `PROTOCOL_VERSION` too.
+    #[test]
+    fn the_form_of_a_run_is_that_of_the_protocols_version() {
+        let bytes = Run { at: 1, len: 2, rows: 3, stride: 0x0405 }.to_bytes();
+        let words = bytes.as_chunks::<8>().0.iter().map(|word| word[..2].to_vec());
+        assert_eq!(words.collect::<Vec<_>>(), [[1, 0], [2, 0], [3, 0], [5, 4]]);
+        assert_eq!(engine_core::control::PROTOCOL_VERSION, 14);
     }
 
     #[test]
-    fn runs_that_are_longer_than_their_parcel_are_refused() {
-        for lens in [&[5][..], &[4, 1], &[1, u64::MAX]] {
-            let runs: Vec<Run> = lens.iter().map(|&len| Run { at: 0, len }).collect();
-            let found: Result<Vec<_>> = places(&runs, 4).collect();
+    fn runs_without_bytes_and_those_that_are_longer_than_their_parcel_are_refused() {
+        let run = |len| Run::together(0, len);
+        let rows = |rows, len, stride| Run { at: 0, len, rows, stride };
+        for runs in [
+            &[run(5)][..],
+            &[run(4), run(1)],
+            &[run(1), run(u64::MAX)],
+            &[run(0)],
+            &[rows(u64::MAX, 0, 1)],
+            &[rows(0, 1, 1)],
+            &[rows(3, 2, 8)],
+            &[rows(2, 1, u64::MAX)],
+            &[rows(1 << 63, 2, 2)],
+        ] {
+            let found: Result<Vec<_>> = places(runs, 4).collect();
             assert_eq!(found.expect_err("too long").kind(), ErrorKind::Protocol);
         }
-        let run = Run { at: 9, len: 2 };
+        let run = Run { at: 9, len: 1, rows: 2, stride: 5 };
         let found: Result<Vec<_>> = places(&[run, run], 4).collect();
         assert_eq!(found.expect("all of it"), [(0, run), (2, run)]);
     }

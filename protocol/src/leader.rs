@@ -2034,7 +2034,7 @@ mod tests {
         let second = Duration::from_secs(1);
         let lives = fails_after(|_| Some(Duration::ZERO));
         assert!(lives > 8 * second, "{lives:?}");
-        let stopped = fails_after(|now| Some(now));
+        let stopped = fails_after(Some);
         assert!(stopped > 4 * second && stopped < 7 * second, "{stopped:?}");
         // It was silent before, and is heard of again.
         let cut_off = fails_after(move |now| {

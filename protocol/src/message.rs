@@ -250,7 +250,7 @@ mod tests {
             all.extend(bytes);
         }
         let sum = engine_core::digest::sum(0, &all);
-        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (13, 153, 13_192_971_570_392_350_067));
+        assert_eq!((PROTOCOL_VERSION, all.len(), sum), (14, 153, 13_192_971_570_392_350_067));
     }
 
     #[test]

@@ -14,6 +14,11 @@ pub struct Strides {
 }
 
 impl Strides {
+    /// Of a single matrix.
+    pub fn rows(at: u64, row: u64) -> Self {
+        Self { at, matrix: 0, row }
+    }
+
     /// Where the bytes end, of so many matrices and rows of so many bytes; none if that does not fit 64 bits.
     pub fn end(&self, matrices: u64, rows: u64, row_bytes: u64) -> Option<u64> {
         let last = |count: u64, stride: u64| count.checked_sub(1)?.checked_mul(stride);

@@ -9,7 +9,10 @@ use engine_core::{DeviceChoice, Error, ErrorKind, Rank, Result};
 use placed::{Reach, Reached};
 use protocol::decode;
 #[cfg(feature = "cuda")]
-use {super::device::Encoding, placed::Encoder};
+use {
+    super::device::{Encoding, encoding},
+    placed::Encoder,
+};
 
 use super::notice::Offer;
 use super::parcel::Parcel;
@@ -48,20 +51,17 @@ impl Writers {
         let (commands, inbox) = channel();
         let closing = commands.clone();
         let (staging, memory) = Staging::new(bytes)?;
-        let mut memory = vec![memory];
         let staging = Arc::new(staging);
         let theirs = staging.clone();
         let shared = Arc::new(Shared { commands, staging, limit });
         #[cfg(feature = "cuda")]
         let encoding = match device.is_cpu() {
             true => None,
-            false => Some(Encoding::new(device, shared.clone())?),
+            false => Some(encoding(device, shared.clone())?),
         };
-        #[cfg(feature = "cuda")]
-        memory.extend(encoding.iter().flat_map(Encoding::memory));
         #[cfg(not(feature = "cuda"))]
-        let _ = (device, &mut memory);
-        let make = move || Writer::new(options, rank, theirs, memory, limit);
+        let _ = device;
+        let make = move || Writer::new(options, rank, theirs, vec![memory], limit);
         // A thread that has ended needs no command.
         let close = move || drop(closing.send(Command::Close));
         thread::start(close, make, move |writer| writer.run(&inbox)).await?;

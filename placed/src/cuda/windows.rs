@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use quant_fp8::{StridedPart, Strides};
 
+use crate::parcels::{Gathered, Run};
+
 /// Windows begin and end at multiples of it, in what is lent and in the memory for it: kernels read as many bytes at a time in both.
 const ALIGNMENT: u64 = 256;
 
@@ -24,21 +26,11 @@ pub(super) struct Window {
     pub(super) from: u64,
 }
 
-/// Bytes that are written, and lie together in what is lent and in their window.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Run {
-    /// Their offset in what is lent.
-    pub(super) at: u64,
-    pub(super) len: u64,
-    /// Where they begin in the memory for all windows.
-    pub(super) from: u64,
-}
-
 /// The windows of some pieces for one rollout, and their runs, both in ascending order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Windows {
     pub(super) windows: Vec<Window>,
-    pub(super) runs: Vec<Run>,
+    pub(super) runs: Vec<Gathered>,
     /// Where the memory for them ends.
     pub(super) end: u64,
 }
@@ -130,9 +122,9 @@ impl Windows {
             while windows.next_if(|window| window.at + window.len <= at).is_some() {}
             let Some(window) = windows.peek() else { return };
             let from = window.from + (at - window.at);
-            match self.runs.last_mut().filter(|run| run.at + run.len == at) {
-                Some(run) if run.from + run.len == from => run.len += len,
-                _ => self.runs.push(Run { at, len, from }),
+            let last = self.runs.last_mut().filter(|last| at - last.run.at == from - last.from);
+            if !last.is_some_and(|last| last.run.takes(at, len)) {
+                self.runs.push(Gathered { run: Run::together(at, len), from });
             }
         }
     }
@@ -237,9 +229,11 @@ mod tests {
             prop_assert_eq!(found.end, end);
             // How often each offset is written, and from where.
             let mut came: BTreeMap<u64, u64> = BTreeMap::new();
-            for run in &found.runs {
-                for byte in 0..run.len {
-                    prop_assert!(came.insert(run.at + byte, run.from + byte).is_none());
+            for Gathered { run, from } in &found.runs {
+                for row in (0..run.rows).map(|row| row * run.stride) {
+                    for byte in row..row + run.len {
+                        prop_assert!(came.insert(run.at + byte, from + byte).is_none());
+                    }
                 }
             }
             let mut expected: Vec<u64> = all.iter().flat_map(|parts| written(&parts[0])).collect();
@@ -270,7 +264,7 @@ mod tests {
         let found = Windows::of(&pieces.iter().collect::<Vec<_>>(), 512);
         let window = |at, len, from| Window { at, len, from };
         assert_eq!(found.windows, [window(1024, 512, 512), window(2048, 256, 1024)]);
-        let run = |at, len, from| Run { at, len, from };
+        let run = |at, len, from| Gathered { run: Run::together(at, len), from };
         assert_eq!(found.runs, [run(1024, 512, 512), run(2048, 10, 1024)]);
         assert_eq!(found.end, 1280);
     }
