@@ -35,6 +35,10 @@ impl Library for NcclLibrary {
         DEFAULT_BUCKET_BYTES
     }
 
+    fn enlarges_slots(&self) -> bool {
+        true
+    }
+
     async fn open(&self, context: &EngineContext, shape: Shape, _: &Pool) -> Result<Opened<Nccl>> {
         let kind = memory_of(context)?;
         let api = sys::load(self.library.as_deref())?;

@@ -66,6 +66,11 @@ pub trait Library: fmt::Debug + Send + Sync + 'static {
     /// The default size of each of the two buckets, in bytes.
     fn default_bucket_bytes(&self) -> u64;
 
+    /// Whether slots can be [enlarged](Slots::enlarge). Placed updates then begin with little memory.
+    fn enlarges_slots(&self) -> bool {
+        false
+    }
+
     /// Loads the library, allocates the slots on the rank's device, and starts the thread.
     ///
     /// # Errors

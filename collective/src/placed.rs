@@ -50,8 +50,9 @@ use super::{Communicator, Library, Opened, Shape, SlotGuard, SlotLocks, Slots, T
 const PAIRS: u32 = 24;
 /// A parcel is in one slot while another one is in the other.
 const SLOTS: u32 = 2;
-/// The least size of a slot.
+/// The least size of a slot, and what is enough for one: a parcel then takes long beside what it takes to begin one.
 const LEAST: u64 = 256 << 10;
+const ENOUGH: u64 = 256 << 20;
 /// The places of members.
 const ROLLOUT: u32 = 0;
 const TRAINER: u32 = 1;
@@ -169,6 +170,8 @@ struct OfferedPair {
     name: u64,
     /// If the group is a new one.
     id: Option<Bytes>,
+    /// The most bytes of a slot.
+    slot_bytes: u64,
 }
 
 /// This rank's end of a group of two.
@@ -193,7 +196,11 @@ struct Ends<C: Communicator> {
     thread: Thread<C>,
     slots: Arc<dyn Slots>,
     locks: SlotLocks,
-    slot_bytes: u64,
+    /// What all slots may take together.
+    bytes: u64,
+    /// The size of a slot at first, and whether it can become larger.
+    first: u64,
+    enlarges: bool,
     rank: Rank,
     deadline: Duration,
     /// How long a broadcast or a join takes at most.
@@ -215,9 +222,9 @@ impl<C: Communicator> Ends<C> {
         L: Library<Communicator = C>,
     {
         let bucket = context.config.bucket_bytes().unwrap_or(library.default_bucket_bytes());
-        let slots = PAIRS * SLOTS;
-        let each = (bucket.saturating_mul(2) / u64::from(slots)).max(LEAST);
-        let shape = Shape { slots, slot_bytes: each / ALIGNMENT * ALIGNMENT };
+        let (bytes, enlarges) = (bucket.saturating_mul(2), library.enlarges_slots());
+        let first = if enlarges { LEAST } else { share(bytes, PAIRS as usize) };
+        let shape = Shape { slots: PAIRS * SLOTS, slot_bytes: first };
         let pool = Pool::new(1)?;
         let Opened { thread, slots, .. } = library.open(context, shape, &pool).await?;
         let deadline = context.deadline();
@@ -225,7 +232,9 @@ impl<C: Communicator> Ends<C> {
             thread,
             slots,
             locks: SlotLocks::new(shape.slots),
-            slot_bytes: shape.slot_bytes,
+            bytes,
+            first,
+            enlarges,
             rank,
             deadline,
             limit: deadline / 2,
@@ -312,6 +321,21 @@ impl<C: Communicator> Ends<C> {
         join.map_err(|error| error.rank(with))
     }
 
+    /// The size of a slot if this rank has so many groups.
+    fn slot_bytes(&self, pairs: usize) -> u64 {
+        if self.enlarges { share(self.bytes, pairs) } else { self.first }
+    }
+
+    /// Makes a pair's slots so large, unless they are larger.
+    fn enlarge(&self, pair: &Pair, bytes: u64) -> Result<()> {
+        if bytes <= self.first {
+            return Ok(());
+        }
+        (0..SLOTS).try_for_each(|number| {
+            block_on(self.slots.enlarge(self.lock(pair.slot(number))?, bytes)).map(drop)
+        })
+    }
+
     fn lock(&self, slot: u32) -> Result<SlotGuard> {
         block_on(self.locks.lock(slot)).ok_or_else(|| {
             Error::new(ErrorKind::State, USING, format!("there is no slot {slot}")).rank(self.rank)
@@ -366,12 +390,18 @@ impl<C: Communicator> Ends<C> {
             pause(&mut looks);
         }
     }
+}
 
-    /// The most bytes of a parcel: a multiple of 256 that leaves room for its head and its runs.
-    fn parcel_bytes(&self) -> u64 {
-        let bytes = self.slot_bytes - (RUNS * Run::BYTES) as u64;
-        bytes / ALIGNMENT * ALIGNMENT - ALIGNMENT
-    }
+/// The size of each slot of so many groups that together have so many bytes.
+fn share(bytes: u64, pairs: usize) -> u64 {
+    let slots = pairs.max(1) as u64 * u64::from(SLOTS);
+    (bytes / slots).clamp(LEAST, ENOUGH) / ALIGNMENT * ALIGNMENT
+}
+
+/// The most bytes of a parcel in a slot of this size: a multiple of 256 that leaves room for its head and its runs.
+fn parcel_bytes(slot_bytes: u64) -> u64 {
+    let bytes = slot_bytes.saturating_sub((RUNS * Run::BYTES) as u64);
+    (bytes / ALIGNMENT * ALIGNMENT).saturating_sub(ALIGNMENT)
 }
 
 fn pause(looks: &mut u32) {
@@ -385,6 +415,8 @@ struct ToRollout<C: Communicator> {
     ends: Arc<Ends<C>>,
     rollout: Rank,
     pair: Arc<Pair>,
+    /// The most bytes of a slot.
+    slot_bytes: u64,
     state: Mutex<Sent>,
 }
 
@@ -462,7 +494,7 @@ impl<C: Communicator> Carrier for ToRollout<C> {
     type Room = Buffer;
 
     fn room(&self) -> Result<Buffer> {
-        Ok(Buffer(vec![0; HEAD + self.ends.parcel_bytes() as usize]))
+        Ok(Buffer(vec![0; HEAD + parcel_bytes(self.slot_bytes) as usize]))
     }
 
     fn send(&self, room: Buffer, runs: &[Run]) -> Result<()> {
@@ -555,7 +587,7 @@ impl<C: Communicator> ParcelsTo<C> {
     ) -> Result<()> {
         let carrier = self.0.carrier();
         let ends = &carrier.ends;
-        cut(runs, ends.parcel_bytes()).iter().try_for_each(|parcel| {
+        cut(runs, parcel_bytes(carrier.slot_bytes)).iter().try_for_each(|parcel| {
             let runs: Vec<Run> = parcel.iter().map(|gathered| gathered.run).collect();
             let bytes: u64 = runs.iter().filter_map(Run::bytes).sum();
             carrier.send_parcel(bytes, &runs, |slot, head, runs| {
@@ -610,7 +642,13 @@ impl<C: Communicator> Reach for Broadcasts<C> {
             })?;
             offers.insert(*rank, own);
         }
-        for (rollout, OfferedPair { name, id, .. }) in offers {
+        let own_bytes = ends.slot_bytes(terms.len());
+        for (rollout, OfferedPair { name, id, slot_bytes, .. }) in offers {
+            let slot_bytes = slot_bytes.min(own_bytes);
+            if slot_bytes < LEAST {
+                let message = format!("its slots have {slot_bytes} bytes");
+                return Err(Error::new(ErrorKind::Protocol, USING, message).rank(rollout));
+            }
             let known = ends.pairs().get(&rollout).filter(|pair| pair.name == name).cloned();
             let pair = match (known, id) {
                 (Some(pair), None) => pair,
@@ -628,8 +666,9 @@ impl<C: Communicator> Reach for Broadcasts<C> {
                     return Err(Error::new(ErrorKind::PeerLost, USING, message).rank(rollout));
                 }
             };
+            ends.enlarge(&pair, slot_bytes)?;
             let state = Mutex::default();
-            let to = ToRollout { ends: ends.clone(), rollout, pair, state };
+            let to = ToRollout { ends: ends.clone(), rollout, pair, slot_bytes, state };
             reached.insert(rollout, Arc::new(ParcelsTo(Packing::new(to))));
         }
         let found = terms.iter().filter_map(|(rank, _)| reached.get(rank).cloned());
@@ -689,6 +728,7 @@ impl<C: Communicator> Lender for LentTensors<C> {
         let ids = if count > 0 { ends.thread.run_blocking(ends.limit, make)? } else { Vec::new() };
         let mut ids: BTreeMap<Rank, Bytes> = new.into_iter().zip(ids).collect();
         let (mut offered, mut froms) = (Vec::new(), Vec::new());
+        let slot_bytes = ends.slot_bytes(to.len());
         for trainer in to.iter().copied() {
             let id = ids.remove(&trainer);
             let known = ends.pairs().get(&trainer).cloned();
@@ -699,8 +739,10 @@ impl<C: Communicator> Lender for LentTensors<C> {
                     ends.new_pair(trainer, name)?
                 }
             };
-            offered.push(OfferedPair { trainer, name: pair.name, id: id.clone() });
-            froms.push(FromTrainer { trainer, pair, id, step: Step::Head { slot: 0 }, until: 0 });
+            ends.enlarge(&pair, slot_bytes)?;
+            offered.push(OfferedPair { trainer, name: pair.name, id: id.clone(), slot_bytes });
+            let step = Step::Head { slot: 0 };
+            froms.push(FromTrainer { trainer, pair, id, slot_bytes, step, until: 0 });
         }
         let terms = encode(&Offer { pairs: offered })?;
         let closing = Arc::new(AtomicBool::new(false));
@@ -768,6 +810,8 @@ struct FromTrainer {
     pair: Arc<Pair>,
     /// If the group is a new one.
     id: Option<Bytes>,
+    /// The most bytes of a slot.
+    slot_bytes: u64,
     step: Step,
     /// The broadcast that it waits for.
     until: u64,
@@ -866,7 +910,7 @@ impl<C: Communicator> Taker<C> {
                     Some(Head::Parcel { bytes, runs }) => {
                         let all = runs.checked_mul(Run::BYTES as u64);
                         let all = all.and_then(|all| runs_at(bytes)?.checked_add(all));
-                        let end = all.filter(|end| *end <= ends.slot_bytes && *end > HEAD as u64);
+                        let end = all.filter(|end| *end <= from.slot_bytes && *end > HEAD as u64);
                         let end = end.ok_or_else(|| broken("a parcel of another size"))?;
                         let part = HEAD as u64..end;
                         from.until = ends.broadcast(&from.pair, TRAINER, slot, part)?;
@@ -970,6 +1014,21 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn slots_of_all_groups_have_together_what_they_may_have_and_parcels_fit_them(
+            bytes in 0_u64..1 << 40, pairs in 0_usize..=PAIRS as usize,
+        ) {
+            let each = share(bytes, pairs);
+            prop_assert!((LEAST..=ENOUGH).contains(&each) && each % ALIGNMENT == 0);
+            prop_assert!(each == LEAST || each * pairs as u64 * u64::from(SLOTS) <= bytes);
+            let most = parcel_bytes(each);
+            prop_assert!(most > 0 && most % 256 == 0);
+            let end = runs_at(most).unwrap() + (RUNS * Run::BYTES) as u64;
+            prop_assert!(end <= each);
+        }
+    }
+
     /// In each of its groups as many broadcasts have ended as it is told.
     #[derive(Debug, Default)]
     struct Fake {
@@ -1042,7 +1101,9 @@ mod tests {
             thread: Thread::start("test", || Ok(library)).await.unwrap(),
             slots: Arc::new(NoSlots),
             locks: SlotLocks::new(PAIRS * SLOTS),
-            slot_bytes: LEAST,
+            bytes: 0,
+            first: LEAST,
+            enlarges: false,
             rank: Rank(0),
             deadline,
             limit: deadline,
