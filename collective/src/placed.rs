@@ -1020,10 +1020,10 @@ mod tests {
             bytes in 0_u64..1 << 40, pairs in 0_usize..=PAIRS as usize,
         ) {
             let each = share(bytes, pairs);
-            prop_assert!((LEAST..=ENOUGH).contains(&each) && each % ALIGNMENT == 0);
+            prop_assert!((LEAST..=ENOUGH).contains(&each) && each.is_multiple_of(ALIGNMENT));
             prop_assert!(each == LEAST || each * pairs as u64 * u64::from(SLOTS) <= bytes);
             let most = parcel_bytes(each);
-            prop_assert!(most > 0 && most % 256 == 0);
+            prop_assert!(most > 0 && most.is_multiple_of(256));
             let end = runs_at(most).unwrap() + (RUNS * Run::BYTES) as u64;
             prop_assert!(end <= each);
         }

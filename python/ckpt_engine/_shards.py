@@ -31,7 +31,7 @@ from .errors import (
 from .reports import SendReport
 
 #: The transports that write into tensors that are lent.
-TRANSPORTS = ("ipc", "nixl")
+TRANSPORTS = ("ipc", "nixl", "nccl")
 
 #: Tensors begin at multiples of it, as allocators have them.
 ALIGNMENT = 256
@@ -75,9 +75,10 @@ class ShardWorker(Worker):
         super().__init__(bucket_size, options)
         transport = self._config["backend"]
         if transport not in TRANSPORTS:
+            *others, last = (f"`{name}`" for name in TRANSPORTS)
             raise _refusal(
                 f"`{transport}` cannot write parts of weights into tensors that a rollout lends: the transports that can are "
-                + " and ".join(f"`{name}`" for name in TRANSPORTS)
+                f"{', '.join(others)} and {last}"
             )
         if self._config.get("delta"):
             raise _refusal("`delta` sends whole weights")

@@ -555,7 +555,7 @@ def test_without_gathering_a_rollout_that_was_replaced_lends_tensors_too(shards)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"transport": "nccl"}, "`nccl` cannot write parts of weights.*`ipc` and `nixl`"),
+        ({"transport": "dir"}, "`dir` cannot write parts of weights.*`ipc`, `nixl` and `nccl`"),
         ({"delta": True}, "delta"),
         ({"quantization": {"quantize_on_receive": True}}, "cannot quantise"),
         ({"gather": "no"}, "true or false"),
