@@ -131,10 +131,10 @@ fn encode(
             target,
             store,
             next,
-            |stair| WordSteps::new(stair),
+            |stair| Bf16Steps::new(stair),
             {
-                |source: &[u8; 64], steps: &WordSteps| {
-                    encode_words::<3, 4>(source, steps)
+                |source: &[u8; 64], steps: &Bf16Steps| {
+                    encode_bf16(source, steps)
                         .unwrap_or_else(|| arithmetic(bf16_values(source), steps.multiplier))
                 }
             },
@@ -148,7 +148,7 @@ fn encode(
             |stair| WordSteps::new(stair),
             {
                 |source: &[u8; 64], steps: &WordSteps| {
-                    encode_words::<6, 7>(source, steps).unwrap_or_else(|| {
+                    encode_f16(source, steps).unwrap_or_else(|| {
                         arithmetic(cast(f16_values(source), precast), steps.multiplier)
                     })
                 }
@@ -246,8 +246,76 @@ fn encode_run<const N: usize>(
     }
 }
 
-/// The staircase of a block of 16-bit elements, as registers. A byte shuffle is the widest table
-/// look-up there is, so low and high bytes of the steps are looked up apart.
+/// The staircase of a block of BF16, as registers. A byte shuffle is the widest table look-up there is. Counted from the lowest element that
+/// has a step, steps are bytes: they differ by less than four codes, and a code is 16.
+#[derive(Clone, Copy)]
+struct Bf16Steps {
+    /// Twice, because shuffles look up within halves.
+    steps: __m256i,
+    low: __m256i,
+    /// The code that all codes are counted from.
+    base: __m256i,
+    multiplier: f32,
+}
+
+impl Bf16Steps {
+    #[target_feature(enable = "avx2,f16c")]
+    fn new(stair: &Staircase) -> Self {
+        let sums = stair.steps.map(|step| stair.low.wrapping_add(step) as u16);
+        let base = sums.into_iter().fold(u16::MAX, u16::min) >> 4;
+        let steps = sums.map(|sum| sum - (base << 4));
+        let fits = steps.iter().all(|step| *step <= 0xff) && stair.low.is_multiple_of(1 << 7);
+        let steps = steps.map(|step| step as u8);
+        // SAFETY: the array has the 16 bytes that are read, and the load may be unaligned.
+        let steps = unsafe { _mm_loadu_si128(steps.as_ptr().cast()) };
+        Self {
+            steps: _mm256_broadcastsi128_si256(steps),
+            // Above all elements if there is no staircase.
+            low: _mm256_set1_epi16(if fits { stair.low as i16 } else { i16::MAX }),
+            base: _mm256_set1_epi8(base as i8),
+            multiplier: stair.multiplier,
+        }
+    }
+}
+
+/// Staircase on 32 elements of BF16. `None` if an element is low.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn encode_bf16(source: &[u8; 64], stair: &Bf16Steps) -> Option<__m256i> {
+    let [first, second] = parts(source);
+    let (first, second) = (load(first), load(second));
+    let positive = _mm256_set1_epi16(i16::MAX);
+    let over = |word| _mm256_sub_epi16(_mm256_and_si256(word, positive), stair.low);
+    let (over_first, over_second) = (over(first), over(second));
+    let either = _mm256_or_si256(over_first, over_second);
+    if _mm256_testz_si256(either, _mm256_set1_epi16(i16::MIN)) == 0 {
+        return None;
+    }
+    let climb = |over| {
+        // What is low ends with the mantissa 0. A byte index with its top bit set looks up zero.
+        let index = _mm256_and_si256(_mm256_srli_epi16::<3>(over), _mm256_set1_epi16(15));
+        let index = _mm256_or_si256(index, _mm256_set1_epi16(i16::MIN));
+        _mm256_srli_epi16::<4>(_mm256_add_epi16(over, _mm256_shuffle_epi8(stair.steps, index)))
+    };
+    let packed = _mm256_packus_epi16(climb(over_first), climb(over_second));
+    Some(in_order(_mm256_or_si256(_mm256_add_epi8(packed, stair.base), signs(first, second))))
+}
+
+/// The signs of 32 elements of 16 bits, in the order in which packing leaves them.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn signs(first: __m256i, second: __m256i) -> __m256i {
+    _mm256_and_si256(_mm256_packs_epi16(first, second), _mm256_set1_epi8(i8::MIN))
+}
+
+/// Undoes the order of packing, which alternates between the operands every 8 bytes.
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn in_order(packed: __m256i) -> __m256i {
+    _mm256_permute4x64_epi64::<0b11_01_10_00>(packed)
+}
+
+/// The staircase of a block of F16, as registers. Its steps take nine bits, so low and high bytes of them are looked up apart.
 #[derive(Clone, Copy)]
 struct WordSteps {
     low_bytes: __m256i,
@@ -296,14 +364,10 @@ impl FloatSteps {
     }
 }
 
-/// Staircase on 32 elements of 16 bits: `INDEX` mantissa bits are below the four that choose the
-/// step, `CODE` below a code's. `None` if an element is low.
+/// Staircase on 32 elements of F16. `None` if an element is low.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn encode_words<const INDEX: i32, const CODE: i32>(
-    source: &[u8; 64],
-    stair: &WordSteps,
-) -> Option<__m256i> {
+fn encode_f16(source: &[u8; 64], stair: &WordSteps) -> Option<__m256i> {
     let [first, second] = parts(source);
     let (first, second) = (load(first), load(second));
     let positive = _mm256_set1_epi16(i16::MAX);
@@ -314,8 +378,8 @@ fn encode_words<const INDEX: i32, const CODE: i32>(
     if _mm256_movemask_epi8(low) != 0 {
         return None;
     }
-    let climb = |word, magnitude| {
-        let index = _mm256_and_si256(_mm256_srli_epi16::<INDEX>(word), _mm256_set1_epi16(15));
+    let climb = |magnitude| {
+        let index = _mm256_and_si256(_mm256_srli_epi16::<6>(magnitude), _mm256_set1_epi16(15));
         // A byte index with its top bit set looks up zero.
         let in_low = _mm256_or_si256(index, _mm256_set1_epi16(i16::MIN));
         let in_high = _mm256_or_si256(_mm256_slli_epi16::<8>(index), _mm256_set1_epi16(0x80));
@@ -323,13 +387,10 @@ fn encode_words<const INDEX: i32, const CODE: i32>(
             _mm256_shuffle_epi8(stair.low_bytes, in_low),
             _mm256_shuffle_epi8(stair.high_bytes, in_high),
         );
-        let code = _mm256_srli_epi16::<CODE>(_mm256_add_epi16(magnitude, step));
-        let sign = _mm256_and_si256(_mm256_srli_epi16::<8>(word), _mm256_set1_epi16(0x80));
-        _mm256_or_si256(code, sign)
+        _mm256_srli_epi16::<7>(_mm256_add_epi16(magnitude, step))
     };
-    let packed = _mm256_packus_epi16(climb(first, low_first), climb(second, low_second));
-    // Packing alternates between the operands every 8 bytes.
-    Some(_mm256_permute4x64_epi64::<0b11_01_10_00>(packed))
+    let packed = _mm256_packus_epi16(climb(low_first), climb(low_second));
+    Some(in_order(_mm256_or_si256(packed, signs(first, second))))
 }
 
 /// Staircase on 32 elements of 32 bits; `None` if one is low.
