@@ -124,30 +124,51 @@ fn weights(n: usize, seed: u64) -> Vec<f32> {
     (0..n).map(|_| value()).collect()
 }
 
-#[test]
-fn all_bf16_patterns_under_many_scales_are_as_in_the_scalar_codec() {
-    // All magnitudes up to a maximum, in both signs: every pattern, as one block or several.
-    let mut maxima: Vec<u16> = (0..64).map(|i| 0x0081 + i * 509).collect();
-    maxima.extend((0..128).map(|mantissa| 0x3f80 | mantissa));
-    maxima.extend([0x0001, 0x007f, 0x0080, 0x7f7f]);
-    let per_tensor = Granularity::PerTensor;
+/// All magnitudes up to each maximum, in both signs: every pattern of 16 bits, as one block or several. They are in a mixed order, so that small
+/// and large ones are neighbours.
+fn all_patterns_are_as_in_the_scalar_codec(
+    ty: SourceType,
+    maxima: impl IntoIterator<Item = u16>,
+    precasts: &[Precast],
+) {
     for max in maxima {
+        let mut magnitudes: Vec<u16> = (0..=max).collect();
+        magnitudes.sort_by_key(|bits| bits.wrapping_mul(0x9e37));
         let both = |bits: u16| [bits, bits | 0x8000];
         let bytes: Vec<u8> =
-            (0..=max).flat_map(both).flat_map(|bits: u16| bits.to_le_bytes()).collect();
+            magnitudes.into_iter().flat_map(both).flat_map(u16::to_le_bytes).collect();
         let shape = [1, bytes.len() / 2];
-        let source = Source::new(&bytes, SourceType::Bf16, &shape).unwrap();
-        for mode in MODES {
-            let non_finite = NonFinite::Reproduce;
+        let source = Source::new(&bytes, ty, &shape).unwrap();
+        for (mode, &precast) in
+            MODES.iter().flat_map(|mode| precasts.iter().map(move |p| (*mode, p)))
+        {
+            let (non_finite, granularity) = (NonFinite::Reproduce, Granularity::PerTensor);
             let format =
-                Fp8Format { mode, granularity: per_tensor, non_finite, ..Fp8Format::default() };
+                Fp8Format { mode, granularity, non_finite, precast, ..Fp8Format::default() };
             let expected = quantize(Codec::named("scalar").unwrap(), &source, &format).unwrap();
             for codec in Codec::available() {
                 let got = quantize(codec, &source, &format).unwrap();
-                assert!(got == expected, "{} {mode:?} up to {max:#x}", codec.name());
+                assert!(got == expected, "{} {mode:?} {precast:?} up to {max:#x}", codec.name());
             }
         }
     }
+}
+
+#[test]
+fn all_bf16_patterns_under_many_scales_are_as_in_the_scalar_codec() {
+    let maxima =
+        (0..64).map(|i| 0x0081 + i * 509).chain((0..128).map(|mantissa| 0x3f80 | mantissa));
+    let maxima = maxima.chain([0x0001, 0x007f, 0x0080, 0x7f7f]);
+    all_patterns_are_as_in_the_scalar_codec(SourceType::Bf16, maxima, &[Precast::Bf16]);
+}
+
+#[test]
+fn all_f16_patterns_under_many_scales_are_as_in_the_scalar_codec() {
+    let maxima =
+        (0..32).map(|i| 0x0401 + i * 979).chain((0..64).map(|mantissa| 0x2c00 | mantissa << 4));
+    let maxima = maxima.chain([0x0001, 0x03ff, 0x0400, 0x7bff]);
+    let precasts = [Precast::Bf16, Precast::None];
+    all_patterns_are_as_in_the_scalar_codec(SourceType::F16, maxima, &precasts);
 }
 
 #[test]
