@@ -148,8 +148,9 @@ fn encode(
             |stair| WordSteps::new(stair),
             {
                 |source: &[u8; 64], steps: &WordSteps| {
-                    let (codes, is_low) = encode_f16(source, steps);
-                    if is_low { exact_where_low(source, codes, steps, precast) } else { codes }
+                    encode_f16(source, steps).unwrap_or_else(|| {
+                        arithmetic(cast(f16_values(source), precast), steps.multiplier)
+                    })
                 }
             },
         ),
@@ -163,10 +164,7 @@ fn encode(
             {
                 |source: &[u8; 128], steps: &FloatSteps| {
                     encode_floats(source, steps).unwrap_or_else(|| {
-                        arithmetic(
-                            f32_values(source).map(|value| cast(value, precast)),
-                            steps.multiplier,
-                        )
+                        arithmetic(cast(f32_values(source), precast), steps.multiplier)
                     })
                 }
             },
@@ -366,17 +364,20 @@ impl FloatSteps {
     }
 }
 
-/// Staircase on 32 elements of F16. Also says whether an element is low, which has another code.
+/// Staircase on 32 elements of F16. `None` if an element is low.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn encode_f16(source: &[u8; 64], stair: &WordSteps) -> (__m256i, bool) {
+fn encode_f16(source: &[u8; 64], stair: &WordSteps) -> Option<__m256i> {
     let [first, second] = parts(source);
     let (first, second) = (load(first), load(second));
     let positive = _mm256_set1_epi16(i16::MAX);
     let (low_first, low_second) =
         (_mm256_and_si256(first, positive), _mm256_and_si256(second, positive));
     let lowest = _mm256_min_epu16(low_first, low_second);
-    let is_low = _mm256_movemask_epi8(_mm256_cmpgt_epi16(stair.low, lowest)) != 0;
+    let low = _mm256_cmpgt_epi16(stair.low, lowest);
+    if _mm256_movemask_epi8(low) != 0 {
+        return None;
+    }
     let climb = |magnitude| {
         let index = _mm256_and_si256(_mm256_srli_epi16::<6>(magnitude), _mm256_set1_epi16(15));
         // A byte index with its top bit set looks up zero.
@@ -389,33 +390,7 @@ fn encode_f16(source: &[u8; 64], stair: &WordSteps) -> (__m256i, bool) {
         _mm256_srli_epi16::<7>(_mm256_add_epi16(magnitude, step))
     };
     let packed = _mm256_packus_epi16(climb(low_first), climb(low_second));
-    (in_order(_mm256_or_si256(packed, signs(first, second))), is_low)
-}
-
-/// The codes of 32 elements of F16, some of which are low: those by the formula, 8 at a time; see [`avx512`](super::avx512).
-#[target_feature(enable = "avx2,f16c")]
-#[inline(never)]
-fn exact_where_low(
-    source: &[u8; 64],
-    codes: __m256i,
-    stair: &WordSteps,
-    precast: Precast,
-) -> __m256i {
-    let [first, second] = parts(source);
-    let low = |words| {
-        let magnitude = _mm256_and_si256(load(words), _mm256_set1_epi16(i16::MAX));
-        _mm256_cmpgt_epi16(stair.low, magnitude)
-    };
-    let low = in_order(_mm256_packs_epi16(low(first), low(second)));
-    let mask = _mm256_movemask_epi8(low) as u32;
-    let multiplier = _mm256_set1_ps(stair.multiplier);
-    let exact = |quarter: &[u8; 16], number: u32| match (mask >> (8 * number)) as u8 {
-        0 => _mm256_setzero_si256(),
-        _ => code_of(cast(_mm256_cvtph_ps(load_half(quarter)), precast), multiplier),
-    };
-    let [a, b, c, d] = parts(source);
-    let exact = pack([exact(a, 0), exact(b, 1), exact(c, 2), exact(d, 3)]);
-    _mm256_blendv_epi8(codes, exact, low)
+    Some(in_order(_mm256_or_si256(packed, signs(first, second))))
 }
 
 /// Staircase on 32 elements of 32 bits; `None` if one is low.
@@ -457,37 +432,39 @@ fn encode_floats(source: &[u8; 128], stair: &FloatSteps) -> Option<__m256i> {
 #[inline(never)]
 fn arithmetic(values: [__m256; 4], multiplier: f32) -> __m256i {
     let multiplier = _mm256_set1_ps(multiplier);
-    let [a, b, c, d] = values.map(|value| code_of(value, multiplier));
-    pack([a, b, c, d])
-}
-
-/// Codes of values by the formula, in 32-bit lanes.
-#[target_feature(enable = "avx2,f16c")]
-#[inline]
-fn code_of(value: __m256, multiplier: __m256) -> __m256i {
-    let bits = _mm256_castps_si256(_mm256_mul_ps(value, multiplier));
-    let magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(i32::MAX));
-    let odd = _mm256_and_si256(_mm256_srli_epi32::<20>(bits), _mm256_set1_epi32(1));
-    let rounded = _mm256_add_epi32(_mm256_add_epi32(magnitude, _mm256_set1_epi32(0x7_ffff)), odd);
-    let normal = _mm256_sub_epi32(_mm256_srli_epi32::<20>(rounded), _mm256_set1_epi32(120 << 3));
-    let rounder = _mm256_set1_ps(16384.0);
-    let raised = _mm256_add_ps(_mm256_castsi256_ps(magnitude), rounder);
-    let subnormal = _mm256_sub_epi32(_mm256_castps_si256(raised), _mm256_castps_si256(rounder));
-    let small = _mm256_cmpgt_epi32(_mm256_set1_epi32(121 << 23), magnitude);
-    with_sign(_mm256_blendv_epi8(normal, subnormal, small), bits)
+    let [a, b, c, d] = values;
+    let code = |value| {
+        let bits = _mm256_castps_si256(_mm256_mul_ps(value, multiplier));
+        let magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(i32::MAX));
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<20>(bits), _mm256_set1_epi32(1));
+        let rounded =
+            _mm256_add_epi32(_mm256_add_epi32(magnitude, _mm256_set1_epi32(0x7_ffff)), odd);
+        let normal =
+            _mm256_sub_epi32(_mm256_srli_epi32::<20>(rounded), _mm256_set1_epi32(120 << 3));
+        let rounder = _mm256_set1_ps(16384.0);
+        let raised = _mm256_add_ps(_mm256_castsi256_ps(magnitude), rounder);
+        let subnormal = _mm256_sub_epi32(_mm256_castps_si256(raised), _mm256_castps_si256(rounder));
+        let small = _mm256_cmpgt_epi32(_mm256_set1_epi32(121 << 23), magnitude);
+        with_sign(_mm256_blendv_epi8(normal, subnormal, small), bits)
+    };
+    pack([code(a), code(b), code(c), code(d)])
 }
 
 /// Rounds to BF16 if the format says so. Values are finite.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn cast(value: __m256, precast: Precast) -> __m256 {
-    if precast == Precast::None {
-        return value;
+fn cast(values: [__m256; 4], precast: Precast) -> [__m256; 4] {
+    let round = |value| {
+        let bits = _mm256_castps_si256(value);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(!0xffff)))
+    };
+    let [a, b, c, d] = values;
+    match precast {
+        Precast::Bf16 => [round(a), round(b), round(c), round(d)],
+        Precast::None => values,
     }
-    let bits = _mm256_castps_si256(value);
-    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-    let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    _mm256_castsi256_ps(_mm256_and_si256(rounded, _mm256_set1_epi32(!0xffff)))
 }
 
 #[target_feature(enable = "avx2,f16c")]
@@ -496,6 +473,14 @@ fn bf16_values(source: &[u8; 64]) -> [__m256; 4] {
     let [a, b, c, d] = parts(source);
     let widen = |half| _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(load_half(half)));
     let value = |half| _mm256_castsi256_ps(widen(half));
+    [value(a), value(b), value(c), value(d)]
+}
+
+#[target_feature(enable = "avx2,f16c")]
+#[inline]
+fn f16_values(source: &[u8; 64]) -> [__m256; 4] {
+    let [a, b, c, d] = parts(source);
+    let value = |half| _mm256_cvtph_ps(load_half(half));
     [value(a), value(b), value(c), value(d)]
 }
 

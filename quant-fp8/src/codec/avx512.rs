@@ -133,8 +133,8 @@ fn encode(
             |stair| WordSteps::new(stair),
             {
                 |source: &[u8; 128], steps: &WordSteps| {
-                    let (codes, is_low) = encode_words::<3, 4>(source, steps);
-                    if is_low { arithmetic(bf16_values(source), steps.multiplier) } else { codes }
+                    encode_words::<3, 4>(source, steps)
+                        .unwrap_or_else(|| arithmetic(bf16_values(source), steps.multiplier))
                 }
             },
         ),
@@ -147,8 +147,9 @@ fn encode(
             |stair| WordSteps::new(stair),
             {
                 |source: &[u8; 128], steps: &WordSteps| {
-                    let (codes, is_low) = encode_words::<6, 7>(source, steps);
-                    if is_low { exact_where_low(source, codes, steps, precast) } else { codes }
+                    encode_words::<6, 7>(source, steps).unwrap_or_else(|| {
+                        arithmetic(cast(f16_values(source), precast), steps.multiplier)
+                    })
                 }
             },
         ),
@@ -162,10 +163,7 @@ fn encode(
             {
                 |source: &[u8; 256], steps: &FloatSteps| {
                     encode_floats(source, steps).unwrap_or_else(|| {
-                        arithmetic(
-                            f32_values(source).map(|value| cast(value, precast)),
-                            steps.multiplier,
-                        )
+                        arithmetic(cast(f32_values(source), precast), steps.multiplier)
                     })
                 }
             },
@@ -282,20 +280,22 @@ impl FloatSteps {
 }
 
 /// Staircase on 64 elements of 16 bits: `INDEX` mantissa bits are below the four that choose the
-/// step, `CODE` below a code's. Also says whether an element is low, which has another code.
+/// step, `CODE` below a code's. `None` if an element is low.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[inline]
 fn encode_words<const INDEX: u32, const CODE: u32>(
     source: &[u8; 128],
     stair: &WordSteps,
-) -> (__m512i, bool) {
+) -> Option<__m512i> {
     let [first, second] = parts(source);
     let (first, second) = (load(first), load(second));
     let positive = _mm512_set1_epi16(i16::MAX);
     let (low_first, low_second) =
         (_mm512_and_si512(first, positive), _mm512_and_si512(second, positive));
     let lowest = _mm512_min_epu16(low_first, low_second);
-    let is_low = _mm512_cmplt_epu16_mask(lowest, stair.low) != 0;
+    if _mm512_cmplt_epu16_mask(lowest, stair.low) != 0 {
+        return None;
+    }
     let climb = |word, magnitude| {
         let step = _mm512_permutexvar_epi16(_mm512_srli_epi16::<INDEX>(word), stair.steps);
         let code = _mm512_srli_epi16::<CODE>(_mm512_add_epi16(magnitude, step));
@@ -305,34 +305,7 @@ fn encode_words<const INDEX: u32, const CODE: u32>(
     };
     let packed = _mm512_packus_epi16(climb(first, low_first), climb(second, low_second));
     // Packing alternates between the operands every 8 bytes.
-    let order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    (_mm512_permutexvar_epi64(order, packed), is_low)
-}
-
-/// The codes of 64 elements of F16, some of which are low: those by the formula, 16 at a time. A weight of F16 is subnormal far more often
-/// than one of BF16: of normal weights with a deviation of 0.02, one in 400, and so one or more of every seventh 64.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-#[inline(never)]
-fn exact_where_low(
-    source: &[u8; 128],
-    codes: __m512i,
-    stair: &WordSteps,
-    precast: Precast,
-) -> __m512i {
-    let [first, second] = parts(source);
-    let low = |words| {
-        let magnitude = _mm512_and_si512(load(words), _mm512_set1_epi16(i16::MAX));
-        u64::from(_mm512_cmplt_epu16_mask(magnitude, stair.low))
-    };
-    let low = low(first) | low(second) << 32;
-    let multiplier = _mm512_set1_ps(stair.multiplier);
-    let exact = |quarter: &[u8; 32], number: u32| match (low >> (16 * number)) as u16 {
-        0 => _mm512_setzero_si512(),
-        _ => code_of(cast(_mm512_cvtph_ps(load_half(quarter)), precast), multiplier),
-    };
-    let [a, b, c, d] = parts(source);
-    let exact = pack([exact(a, 0), exact(b, 1), exact(c, 2), exact(d, 3)]);
-    _mm512_mask_mov_epi8(codes, low, exact)
+    Some(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), packed))
 }
 
 /// Staircase on 64 elements of 32 bits; `None` if one is low.
@@ -364,38 +337,40 @@ fn encode_floats(source: &[u8; 256], stair: &FloatSteps) -> Option<__m512i> {
 #[inline(never)]
 fn arithmetic(values: [__m512; 4], multiplier: f32) -> __m512i {
     let multiplier = _mm512_set1_ps(multiplier);
-    let [a, b, c, d] = values.map(|value| code_of(value, multiplier));
-    pack([a, b, c, d])
-}
-
-/// Codes of values by the formula, in 32-bit lanes.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-#[inline]
-fn code_of(value: __m512, multiplier: __m512) -> __m512i {
-    let bits = _mm512_castps_si512(_mm512_mul_ps(value, multiplier));
-    let magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(i32::MAX));
-    // As in `scalar::encode`: normal codes round in the bits, subnormal ones by adding 2^14.
-    let odd = _mm512_and_si512(_mm512_srli_epi32::<20>(bits), _mm512_set1_epi32(1));
-    let rounded = _mm512_add_epi32(_mm512_add_epi32(magnitude, _mm512_set1_epi32(0x7_ffff)), odd);
-    let normal = _mm512_sub_epi32(_mm512_srli_epi32::<20>(rounded), _mm512_set1_epi32(120 << 3));
-    let rounder = _mm512_set1_ps(16384.0);
-    let raised = _mm512_add_ps(_mm512_castsi512_ps(magnitude), rounder);
-    let subnormal = _mm512_sub_epi32(_mm512_castps_si512(raised), _mm512_castps_si512(rounder));
-    let small = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(121 << 23));
-    with_sign(_mm512_mask_mov_epi32(normal, small, subnormal), bits)
+    let [a, b, c, d] = values;
+    let code = |value| {
+        let bits = _mm512_castps_si512(_mm512_mul_ps(value, multiplier));
+        let magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(i32::MAX));
+        // As in `scalar::encode`: normal codes round in the bits, subnormal ones by adding 2^14.
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<20>(bits), _mm512_set1_epi32(1));
+        let rounded =
+            _mm512_add_epi32(_mm512_add_epi32(magnitude, _mm512_set1_epi32(0x7_ffff)), odd);
+        let normal =
+            _mm512_sub_epi32(_mm512_srli_epi32::<20>(rounded), _mm512_set1_epi32(120 << 3));
+        let rounder = _mm512_set1_ps(16384.0);
+        let raised = _mm512_add_ps(_mm512_castsi512_ps(magnitude), rounder);
+        let subnormal = _mm512_sub_epi32(_mm512_castps_si512(raised), _mm512_castps_si512(rounder));
+        let small = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(121 << 23));
+        with_sign(_mm512_mask_mov_epi32(normal, small, subnormal), bits)
+    };
+    pack([code(a), code(b), code(c), code(d)])
 }
 
 /// Rounds to BF16 if the format says so. Values are finite.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[inline]
-fn cast(value: __m512, precast: Precast) -> __m512 {
-    if precast == Precast::None {
-        return value;
+fn cast(values: [__m512; 4], precast: Precast) -> [__m512; 4] {
+    let round = |value| {
+        let bits = _mm512_castps_si512(value);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(!0xffff)))
+    };
+    let [a, b, c, d] = values;
+    match precast {
+        Precast::Bf16 => [round(a), round(b), round(c), round(d)],
+        Precast::None => values,
     }
-    let bits = _mm512_castps_si512(value);
-    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-    let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(!0xffff)))
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
@@ -404,6 +379,14 @@ fn bf16_values(source: &[u8; 128]) -> [__m512; 4] {
     let [a, b, c, d] = parts(source);
     let widen = |half| _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(load_half(half)));
     let value = |half| _mm512_castsi512_ps(widen(half));
+    [value(a), value(b), value(c), value(d)]
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[inline]
+fn f16_values(source: &[u8; 128]) -> [__m512; 4] {
+    let [a, b, c, d] = parts(source);
+    let value = |half| _mm512_cvtph_ps(load_half(half));
     [value(a), value(b), value(c), value(d)]
 }
 
