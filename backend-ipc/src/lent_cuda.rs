@@ -237,9 +237,8 @@ struct Parcels {
 
 impl Scatter for Parcels {
     fn scatter(&self, runs: &[Run], parcel: &[u8]) -> Result<()> {
-        let bytes = runs.iter().map(|run| run.bytes().unwrap_or(u64::MAX));
-        let bytes = bytes.fold(0, u64::saturating_add);
-        let bytes = usize::try_from(bytes).map_or(parcel.len(), |bytes| bytes.min(parcel.len()));
+        let bytes = usize::try_from(Run::all_bytes(runs))
+            .map_or(parcel.len(), |bytes| bytes.min(parcel.len()));
         let here = self.room.slice(0, bytes)?;
         here.write(&parcel[..bytes])?;
         self.kernels.scatter(runs, &here.storage(), &self.held.space)

@@ -122,7 +122,7 @@ fn a_rollout_of_some_parts_killed_within_an_update_is_an_error_on_all_and_none_h
         let wants: [&[&str]; 2] = [&["policy"], &["late"]];
         let mut group = Processes::form_wanting(BACKEND, &config, 1, 3, &wants);
         group.works(1, 3);
-        // The first rollout has all that it wants by then.
+        // The rank is killed before weight 10 is given. The first rollout wants weights 0 to 5, and has them by then.
         let error = group.update(2, 10, |rollouts| rollouts[victim].kill()).unwrap_err();
         let rank = Rank(victim as u32 + 1);
         assert_eq!(

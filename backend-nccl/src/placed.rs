@@ -1,8 +1,7 @@
 //! Placed updates of tensors on GPUs: trainers gather parcels by kernels from what they have encoded, and rollouts scatter them by kernels.
 
-use std::sync::Arc;
-
 use std::any::Any;
+use std::sync::Arc;
 
 use ::placed::cuda::{Carries, CudaKernels, Reads, WindowEncoder, bytes_of, lay_out_tensors};
 use ::placed::parcels::{Gathered, Run};

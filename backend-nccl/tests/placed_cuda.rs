@@ -40,6 +40,7 @@ fn between_processes() -> Lends {
     Lends { backend: BACKEND, config, lend: if own { lend_own } else { lend }, put: Ok }
 }
 
+/// What a child process does; nothing when this file's tests are run.
 #[test]
 fn a_process_of_a_group() {
     processes::be_a_child(&between_processes());

@@ -50,8 +50,9 @@ use super::{Communicator, Library, Opened, Shape, SlotGuard, SlotLocks, Slots, T
 const PAIRS: u32 = 24;
 /// A parcel is in one slot while another one is in the other.
 const SLOTS: u32 = 2;
-/// The least size of a slot, and what is enough for one: a parcel then takes long beside what it takes to begin one.
+/// The least size of a slot.
 const LEAST: u64 = 256 << 10;
+/// Slots are not enlarged beyond it: moving so many bytes takes far longer than what is done once for each parcel.
 const ENOUGH: u64 = 256 << 20;
 /// The places of members.
 const ROLLOUT: u32 = 0;
@@ -342,7 +343,7 @@ impl<C: Communicator> Ends<C> {
         })
     }
 
-    /// Puts bytes into a slot, at multiples of 256.
+    /// Puts parts into a slot, each at an offset that is a multiple of 256.
     fn fill(&self, slot: u32, parts: impl IntoIterator<Item = (u64, Vec<u8>)>) -> Result<()> {
         let jobs = parts.into_iter().map(|(offset, bytes)| {
             let len = bytes.len() as u64;
@@ -471,13 +472,14 @@ impl<C: Communicator> ToRollout<C> {
         self.send(state, HEAD as u64, limit, fill)
     }
 
-    /// Sends a parcel of so many bytes. `fill` puts the head, the runs and their place into a slot, and the parcel's bytes.
+    /// Sends a parcel. `fill` is given a slot, the number of the parcel's bytes, the head, and the runs with their place. It puts all of them
+    /// into the slot.
     fn send_parcel(
         &self,
-        bytes: u64,
         runs: &[Run],
-        fill: impl FnOnce(u32, Head, (u64, Vec<u8>)) -> Result<()>,
+        fill: impl FnOnce(u32, u64, Head, (u64, Vec<u8>)) -> Result<()>,
     ) -> Result<()> {
+        let bytes = Run::all_bytes(runs);
         let head = Head::Parcel { bytes, runs: runs.len() as u64 };
         let runs: Vec<u8> = runs.iter().flat_map(|run| run.to_bytes()).collect();
         let at = runs_at(bytes).ok_or_else(|| {
@@ -485,7 +487,7 @@ impl<C: Communicator> ToRollout<C> {
             Error::new(ErrorKind::State, USING, message)
         })?;
         let len = at + runs.len() as u64;
-        let fill = |slot| fill(slot, head, (at, runs));
+        let fill = |slot| fill(slot, bytes, head, (at, runs));
         self.say(|state| self.send(state, len, self.ends.limit, fill).map(drop))
     }
 }
@@ -498,10 +500,9 @@ impl<C: Communicator> Carrier for ToRollout<C> {
     }
 
     fn send(&self, room: Buffer, runs: &[Run]) -> Result<()> {
-        let bytes: u64 = runs.iter().filter_map(Run::bytes).sum();
         let Buffer(mut all) = room;
-        all.truncate(HEAD + bytes as usize);
-        self.send_parcel(bytes, runs, |slot, head, runs| {
+        self.send_parcel(runs, |slot, bytes, head, runs| {
+            all.truncate(HEAD + bytes as usize);
             all[..HEAD].copy_from_slice(&head.to_bytes());
             self.ends.fill(slot, [(0, all), runs])
         })
@@ -589,8 +590,7 @@ impl<C: Communicator> ParcelsTo<C> {
         let ends = &carrier.ends;
         cut(runs, parcel_bytes(carrier.slot_bytes)).iter().try_for_each(|parcel| {
             let runs: Vec<Run> = parcel.iter().map(|gathered| gathered.run).collect();
-            let bytes: u64 = runs.iter().filter_map(Run::bytes).sum();
-            carrier.send_parcel(bytes, &runs, |slot, head, runs| {
+            carrier.send_parcel(&runs, |slot, bytes, head, runs| {
                 ends.fill(slot, [(0, head.to_bytes().to_vec()), runs])?;
                 let end = HEAD as u64 + bytes;
                 gather(parcel, &ends.view(slot, end)?.slice(HEAD as u64..end))

@@ -39,6 +39,11 @@ impl Run {
         len.checked_mul(rows).filter(|bytes| *bytes > 0)
     }
 
+    /// The bytes of these runs together: `u64::MAX` if one of them has [none](Self::bytes).
+    pub fn all_bytes(runs: &[Self]) -> u64 {
+        runs.iter().map(|run| run.bytes().unwrap_or(u64::MAX)).fold(0, u64::saturating_add)
+    }
+
     /// Whether more bytes continue it, which it then has. A single row grows, or begins a row like it behind itself.
     pub(crate) fn takes(&mut self, at: u64, len: u64) -> bool {
         let Self { at: first, len: own, rows, stride } = *self;
@@ -84,7 +89,7 @@ pub struct Gathered {
     pub from: u64,
 }
 
-/// Cuts runs into parcels of at most so many bytes, a multiple of 256, and [`RUNS`].
+/// Cuts runs into parcels. Each has `most` bytes and [`RUNS`] runs at the most.
 pub fn cut(runs: &[Gathered], most: u64) -> Vec<Vec<Gathered>> {
     let (mut parcels, mut parcel, mut left) = (Vec::new(), Vec::new(), most);
     let mut rest: Vec<Gathered> = runs.iter().rev().copied().collect();
@@ -413,6 +418,16 @@ mod tests {
         }
 
         #[test]
+        fn no_parcel_has_more_runs_than_its_limit_however_short_they_are(count in 0..3 * RUNS) {
+            let byte = |at: usize| Gathered { run: Run::together(2 * at as u64, 1), from: at as u64 };
+            let runs: Vec<Gathered> = (0..count).map(byte).collect();
+            let parcels = cut(&runs, 1 << 20);
+            prop_assert!(parcels.iter().all(|parcel| parcel.len() <= RUNS));
+            prop_assert_eq!(parcels.len(), count.div_ceil(RUNS));
+            prop_assert_eq!(parcels.concat(), runs);
+        }
+
+        #[test]
         fn a_run_is_read_as_it_was_written(words in any::<[u64; 4]>()) {
             let [at, len, rows, stride] = words;
             let run = Run { at, len, rows, stride };
@@ -432,6 +447,8 @@ mod tests {
     #[test]
     fn runs_without_bytes_and_those_that_are_longer_than_their_parcel_are_refused() {
         let run = |len| Run::together(0, len);
+        assert_eq!(Run::all_bytes(&[run(5), run(2)]), 7);
+        assert_eq!(Run::all_bytes(&[run(5), run(0)]), u64::MAX);
         let rows = |rows, len, stride| Run { at: 0, len, rows, stride };
         for runs in [
             &[run(5)][..],

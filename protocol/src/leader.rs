@@ -1061,11 +1061,9 @@ impl Leader {
         let Awaited { rank, bucket, operation } = self.awaited(wait);
         let deadline = self.settings.deadline;
         let silence = rank.and_then(self.silence.as_ref());
-        let late = match rank {
-            Some(_) if silence.is_some_and(|silence| !silence.is_zero()) => {
-                silent(operation, deadline, silence.unwrap_or_default())
-            }
-            Some(rank) if !self.has_entered(rank) && self.members.contains_key(&rank) => {
+        let late = match (rank, silence) {
+            (_, Some(silence)) if !silence.is_zero() => silent(operation, deadline, silence),
+            (Some(rank), _) if !self.has_entered(rank) && self.members.contains_key(&rank) => {
                 not_entered(operation, deadline, silence.is_some())
             }
             _ => too_late(deadline, operation),
@@ -1975,8 +1973,8 @@ mod tests {
         );
     }
 
-    /// After how long an update fails in which rank 1 takes no step after it has entered, and gets a second bucket after 4 s of 5. Of
-    /// it, nothing is heard for so much of the time.
+    /// After how long an update fails in which rank 1 takes no step once it has entered. The deadline is 5 s, and a second bucket is given to
+    /// it after 4. `silence` tells, by the time, for how long nothing has been heard of it.
     fn fails_after(
         silence: impl Fn(Duration) -> Option<Duration> + Send + Sync + 'static,
     ) -> Duration {

@@ -153,7 +153,6 @@ def _quantized(codes: list[_Part], scales: list[_Part]) -> list[tuple[_Part, _Pa
 def _follower(torch: Any, parameters: Mapping[str, Any]) -> Any:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    copies = (torch.ops.aten.copy_.default,)
     # What leaves the elements what they are, somewhere else.
     moves = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 
@@ -183,7 +182,7 @@ def _follower(torch: Any, parameters: Mapping[str, Any]) -> Any:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            if func in copies:
+            if func is torch.ops.aten.copy_.default:
                 return self.copied(*args[:2])
             given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             names = self.names_of(given)

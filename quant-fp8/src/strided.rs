@@ -14,7 +14,7 @@ pub struct Strides {
 }
 
 impl Strides {
-    /// Of a single matrix.
+    /// Rows of a single matrix.
     pub fn rows(at: u64, row: u64) -> Self {
         Self { at, matrix: 0, row }
     }

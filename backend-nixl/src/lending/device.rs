@@ -17,11 +17,11 @@ use crate::arena::Memory;
 use crate::error::NixlError;
 
 /// Encodes on the trainer's device.
-pub(super) type Encoding = WindowEncoder<Written>;
+pub(super) type Encoding = WindowEncoder<Writes>;
 
 /// What is encoded is written.
 #[derive(Debug)]
-pub(super) struct Written(Arc<Shared>);
+pub(super) struct Writes(Arc<Shared>);
 
 /// The encoder of a trainer on this device.
 ///
@@ -30,10 +30,10 @@ pub(super) struct Written(Arc<Shared>);
 /// Those of the device.
 pub(super) fn encoding(device: &DeviceChoice, shared: Arc<Shared>) -> Result<Encoding> {
     let limit = shared.limit;
-    WindowEncoder::new(&Device::of(device)?, Written(shared), limit)
+    WindowEncoder::new(&Device::of(device)?, Writes(shared), limit)
 }
 
-impl Carries for Written {
+impl Carries for Writes {
     type Target = Arc<Target>;
     type Memory = Memory;
 

@@ -145,9 +145,9 @@ fn encode(
             target,
             store,
             next,
-            |stair| WordSteps::new(stair),
+            |stair| F16Steps::new(stair),
             {
-                |source: &[u8; 64], steps: &WordSteps| {
+                |source: &[u8; 64], steps: &F16Steps| {
                     encode_f16(source, steps).unwrap_or_else(|| {
                         arithmetic(cast(f16_values(source), precast), steps.multiplier)
                     })
@@ -317,14 +317,14 @@ fn in_order(packed: __m256i) -> __m256i {
 
 /// The staircase of a block of F16, as registers. Its steps take nine bits, so low and high bytes of them are looked up apart.
 #[derive(Clone, Copy)]
-struct WordSteps {
+struct F16Steps {
     low_bytes: __m256i,
     high_bytes: __m256i,
     low: __m256i,
     multiplier: f32,
 }
 
-impl WordSteps {
+impl F16Steps {
     #[target_feature(enable = "avx2,f16c")]
     fn new(stair: &Staircase) -> Self {
         let [first, second] = load_steps(stair);
@@ -367,7 +367,7 @@ impl FloatSteps {
 /// Staircase on 32 elements of F16. `None` if an element is low.
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn encode_f16(source: &[u8; 64], stair: &WordSteps) -> Option<__m256i> {
+fn encode_f16(source: &[u8; 64], stair: &F16Steps) -> Option<__m256i> {
     let [first, second] = parts(source);
     let (first, second) = (load(first), load(second));
     let positive = _mm256_set1_epi16(i16::MAX);
